@@ -1,0 +1,20 @@
+"""Configuration defaults for the pdiffcopy program."""
+
+import os
+
+__version__ = "2.0.0"
+
+BLOCK_SIZE = 1024 * 1024
+"""The default block size in bytes (1 MiB)."""
+
+DEFAULT_CONCURRENCY = max(2, (os.cpu_count() or 1) // 3)
+"""The default concurrency: a third of the cores, but at least two."""
+
+DEFAULT_PORT = 8080
+"""The default port number of the server."""
+
+DEFAULT_RETRIES = 8
+"""How often a failed network request is tried again: with the backoff of :mod:`.retry` about 20 seconds."""
+
+DEFAULT_TIMEOUT = 60.0
+"""How long the client waits for a sign of life of the server, in seconds."""

@@ -1,0 +1,6 @@
+"""Enable ``python -m pdiffcopy``."""
+
+from pdiffcopy.cli import main
+
+if __name__ == "__main__":
+    main()

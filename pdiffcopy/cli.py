@@ -1,0 +1,330 @@
+"""
+Usage: pdiffcopy [OPTIONS] [SOURCE TARGET]
+
+Bring one large file in line with another one, on this server or elsewhere: both are hashed on many cores, and only
+the blocks that differ are moved, many at a time.
+
+SOURCE is read, TARGET is written. Each is the pathname of a local file, or the location of a file behind a pdiffcopy
+server: 'host:/path', 'host:port/path', '[v6]:port/path' (as it is) or 'http://host:port/path', 'https://...'
+(percent-encoded). The default port is 8080. Write './host:8080/x' for a local file of that name.
+
+Without SOURCE and TARGET the server is started.
+
+Supported options:
+
+  -b, --block-size=BYTES
+
+    How much is compared and moved as one unit: a number of bytes, or something like 64KiB or 4MiB (defaults to 1 MiB).
+
+  -m, --hash-method=NAME
+
+    How blocks are compared: any hash method of Python's hashlib that has a fixed length, 'xxh128' (by far the
+    fastest, for files that nobody manipulates on purpose) or 'blake3'. The default is 'sha1'.
+
+  -W, --whole-file
+
+    Don't compare, copy everything.
+
+  -c, --concurrency=COUNT
+
+    How many blocks are hashed and how many requests are made at the same time, or how many processes serve them
+    (defaults to a third of the cores, but at least two).
+
+  -n, --dry-run
+
+    Compare and report the similarity, but write nothing.
+
+  -B, --benchmark=COUNT
+
+    Damage TARGET (a local file) more and more, COUNT times, bring it into line each time, and print what that took.
+    Asks for confirmation, unless $PDIFFCOPY_BENCHMARK is 'allowed'. To compare with an rsync daemon, set
+    $PDIFFCOPY_BENCHMARK_RSYNC_SERVER (host:port), $PDIFFCOPY_BENCHMARK_RSYNC_MODULE and
+    $PDIFFCOPY_BENCHMARK_RSYNC_ROOT (the directory that the module stands for).
+
+  -l, --listen=ADDRESS
+
+    Start a server that listens on PORT, HOST, HOST:PORT or [v6]:PORT.
+
+  --no-verify
+
+    Don't check what was moved as it lies in TARGET.
+
+  --fsync
+
+    Flush TARGET to its disk before success is reported.
+
+  --timeout=SECONDS
+
+    How long the other side may show no sign of life (defaults to 60).
+
+  --retries=COUNT
+
+    How often in a row something may fail because of the network before the run does (defaults to 8, which bridges
+    about 20 seconds).
+
+  --token-file=FILE
+
+    The shared secret that a server asks for, and that a client gives (or set $PDIFFCOPY_TOKEN). Nobody else may be
+    able to read that file.
+
+  --ca-file=FILE
+
+    Trust this certificate authority when the location starts with https://.
+
+  --json
+
+    Print one JSON object on stdout when all is done (messages go to stderr).
+
+  --root=DIRECTORY
+
+    Server: paths are resolved inside this directory and can't leave it.
+
+  --read-only
+
+    Server: refuse to write.
+
+  --devices
+
+    Server: serve block devices too, not only regular files.
+
+  --certfile=FILE, --keyfile=FILE
+
+    Server: serve https with this certificate and its key.
+
+  -v, --verbose
+
+    Say more (can be repeated).
+
+  -q, --quiet
+
+    Say less (can be repeated).
+
+  --version
+
+    Show the version and exit.
+
+  -h, --help
+
+    Show this message and exit.
+
+Exit codes: 0 done, 1 failed, 3 SOURCE changed while it was copied (run again, or copy a snapshot), 4 a block could
+not be verified, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import getopt
+import json
+import logging
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import coloredlogs
+from humanfriendly import InvalidSize, parse_size
+from humanfriendly.terminal import usage
+
+from pdiffcopy import __version__
+from pdiffcopy.exceptions import DependencyError, ProgramError, UsageError, printable
+from pdiffcopy.security import load_token
+
+logger = logging.getLogger(__name__)
+
+def _parse_text(option: str, value: str) -> str:
+    if not value:
+        raise UsageError("{option} needs a value", option=option)
+    return value
+
+
+def _parse_size(option: str, value: str) -> int:
+    try:
+        return parse_size(value)
+    except InvalidSize:
+        raise UsageError("{option} needs a size like 65536, 64KiB or 4MiB, not {value}",
+                         option=option, value=repr(value)) from None
+
+
+def _parse_number(option: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal()):
+        raise UsageError("{option} needs a number, not {value}", option=option, value=repr(value))
+    return int(value)
+
+
+def _parse_count(option: str, value: str) -> int:
+    number = _parse_number(option, value)
+    if not number:
+        raise UsageError("{option} has to be at least 1", option=option)
+    return number
+
+
+def _parse_seconds(option: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise UsageError("{option} needs a number of seconds, not {value}", option=option, value=repr(value))
+    return seconds
+
+
+# What each option means: who wants it ("both", "client" or "server"), its name there, and how its value is read.
+# An option whose value isn't read takes none.
+_OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
+    "--block-size": ("client", "block_size", _parse_size),
+    "--hash-method": ("client", "hash_method", _parse_text),
+    "--whole-file": ("client", "whole_file", None),
+    "--concurrency": ("both", "concurrency", _parse_count),
+    "--dry-run": ("client", "dry_run", None),
+    "--benchmark": ("client", "benchmark", _parse_count),
+    "--listen": ("server", "address", _parse_text),
+    "--no-verify": ("client", "no_verify", None),
+    "--fsync": ("client", "fsync", None),
+    "--timeout": ("client", "timeout", _parse_seconds),
+    "--retries": ("client", "retries", _parse_number),
+    "--token-file": ("both", "token_file", _parse_text),
+    "--ca-file": ("client", "ca_file", _parse_text),
+    "--json": ("client", "json", None),
+    "--root": ("server", "root", _parse_text),
+    "--read-only": ("server", "read_only", None),
+    "--devices": ("server", "devices", None),
+    "--certfile": ("server", "certfile", _parse_text),
+    "--keyfile": ("server", "keyfile", _parse_text),
+}
+_SHORT = {
+    "-b": "--block-size",
+    "-m": "--hash-method",
+    "-W": "--whole-file",
+    "-c": "--concurrency",
+    "-n": "--dry-run",
+    "-B": "--benchmark",
+    "-l": "--listen",
+    "-v": "--verbose",
+    "-q": "--quiet",
+    "-h": "--help",
+}
+
+
+def main() -> NoReturn:
+    """The command line interface."""
+    coloredlogs.install()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _run(sys.argv[1:])
+        status = 0
+    except ProgramError as e:
+        if logger.isEnabledFor(logging.INFO - 1):
+            traceback.print_exc()
+        status = _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        status = _fail("interrupted", 130)
+    sys.exit(status)
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    sys.exit(_fail("terminated", 128 + signum))
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"pdiffcopy: {printable(message)}\n")
+    return status
+
+
+def _run(arguments: list[str]) -> None:
+    options, locations = _parse_arguments(arguments)
+    if "--help" in options:
+        usage(__doc__ or "")
+    elif "--version" in options:
+        print(f"pdiffcopy {__version__}")
+    elif not locations:
+        run_server(**_select(options, "server"))
+    elif "--listen" in options:
+        raise UsageError("--listen starts a server, which takes no locations: leave out one or the other")
+    elif len(locations) != 2:
+        raise UsageError("Give two locations, SOURCE and TARGET (pdiffcopy --help explains)")
+    else:
+        run_client(source=locations[0], target=locations[1], **_select(options, "client"))
+
+
+def _parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values of the options by their long names, and the locations."""
+    short = "".join(name[1] + (":" if _OPTIONS.get(long, (0, 0, 0))[2] else "") for name, long in _SHORT.items())
+    long = [name[2:] + ("=" if parse else "") for name, (_, _, parse) in _OPTIONS.items()]
+    try:
+        pairs, locations = getopt.gnu_getopt(arguments, short, long + ["verbose", "quiet", "version", "help"])
+    except getopt.GetoptError as e:
+        raise UsageError("{reason} (pdiffcopy --help explains)", reason=e.msg) from None
+    options: dict[str, Any] = {}
+    for name, value in pairs:
+        name = _SHORT.get(name, name)
+        if name == "--verbose":
+            coloredlogs.increase_verbosity()
+        elif name == "--quiet":
+            coloredlogs.decrease_verbosity()
+        parse = _OPTIONS[name][2] if name in _OPTIONS else None
+        options[name] = parse(name, value) if parse else True
+    return options, locations
+
+
+def _select(options: dict[str, Any], side: str) -> dict[str, Any]:
+    """The options that a side understands, under the names that it has for them."""
+    selected = {}
+    for option, value in options.items():
+        if option in _OPTIONS:
+            wanted_by, name, _ = _OPTIONS[option]
+            if wanted_by not in (side, "both"):
+                text = "{option} is for a {other}, and this would be a {side} (pdiffcopy --help explains)"
+                raise UsageError(text, option=option, other=wanted_by, side=side)
+            selected[name] = value
+    return selected
+
+
+def run_client(**options: Any) -> None:
+    """
+    Run the client program.
+
+    :param options: The options of the command line by their long names (with underscores): ``source``, ``target``,
+                    ``block_size``, ``hash_method``, ``whole_file``, ``concurrency``, ``dry_run``, ``benchmark``,
+                    ``no_verify``, ``fsync``, ``timeout``, ``retries``, ``token_file``, ``ca_file``, ``json``.
+    """
+    try:
+        from pdiffcopy.client import Client
+        from pdiffcopy.locations import Network
+    except ImportError as e:
+        text = "A client requirement is missing ({error}): please run pip install 'pdiffcopy[client]'"
+        raise DependencyError(text, error=e) from e
+    network = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
+    network["token"] = load_token(options.pop("token_file", ""))
+    as_json = options.pop("json", False)
+    client = Client(
+        delta_transfer=not options.pop("whole_file", False),
+        verify=not options.pop("no_verify", False),
+        network=Network(**network),
+        **options,
+    )
+    if client.benchmark:
+        measurements = client.run_benchmark()
+        outcome = {"measurements": [vars(measurement) for measurement in measurements]}
+    else:
+        outcome = client.run().as_dict()
+    if as_json:
+        print(json.dumps(outcome))
+
+
+def run_server(**options: Any) -> None:
+    """
+    Run the server program.
+
+    :param options: The options of the command line by their long names (with underscores): ``address``,
+                    ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``certfile``, ``keyfile``.
+    """
+    try:
+        from pdiffcopy.server import Settings, start_server
+    except ImportError as e:
+        text = "A server requirement is missing ({error}): please run pip install 'pdiffcopy[server]'"
+        raise DependencyError(text, error=e) from e
+    settings = {name: options.pop(name) for name in ("root", "read_only", "devices") if name in options}
+    settings["token"] = load_token(options.pop("token_file", ""))
+    start_server(settings=Settings(**settings), **options)

@@ -1,0 +1,120 @@
+"""How does gunicorn run the server?"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import socket
+import ssl
+import struct
+from typing import Any
+
+from flask import Flask
+from gunicorn import glogging
+from gunicorn.app.base import BaseApplication
+
+from pdiffcopy.exceptions import UsageError
+from pdiffcopy.protocol import join_host_port
+
+logger = logging.getLogger(__name__)
+
+THREADS = 1024
+"""How many requests a process works on at the same time. Most of them are cheap: they wait for a slow client."""
+CONNECTIONS = 4096
+"""How many connections a process has open at the same time."""
+STALL_TIMEOUT = 30
+"""After how many seconds without a sign of life a client is given up."""
+KEEPALIVE = 75
+"""How long an idle connection stays open, in seconds."""
+GRACE = 3
+"""How long requests may go on after SIGTERM, in seconds."""
+
+
+class Daemon(BaseApplication):
+    """A gunicorn server with the settings that pdiffcopy needs."""
+
+    def __init__(self, application: Flask, address: tuple[str, int], processes: int, certfile: str, keyfile: str):
+        """
+        Initialize a server.
+
+        :param application: What answers the requests.
+        :param address: A tuple of a host and a port.
+        :param processes: How many processes share the work.
+        :param certfile: The certificate to serve https with (empty for http).
+        :param keyfile: The key of that certificate.
+        """
+        self.application = application
+        host, port = address
+        self.options = {
+            "bind": join_host_port(host or "0.0.0.0", port),
+            "certfile": certfile or None,
+            "control_socket_disable": True,
+            "graceful_timeout": GRACE,
+            "keepalive": KEEPALIVE,
+            "keyfile": keyfile or None,
+            "limit_request_line": 8190,
+            "logger_class": _Logger,
+            "ssl_context": _make_tls_context,
+            "threads": THREADS,
+            "when_ready": _when_ready,
+            "worker_class": "gthread",
+            "worker_connections": CONNECTIONS,
+            "workers": processes,
+        }
+        _check_address(host or "0.0.0.0", port)
+        _raise_file_limit()
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Called by gunicorn, older versions of which don't know all of these settings."""
+        for name, value in self.options.items():
+            if name in self.cfg.settings:
+                self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        """Called by gunicorn in each process."""
+        return self.application
+
+
+class _Logger(glogging.Logger):
+    """Leaves it to the handlers of the program how messages look."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.WARNING)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Find out in time whether the address can be used (gunicorn would try for seconds, and say so each time)."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+    except OSError as e:
+        where = join_host_port(host, port)
+        raise UsageError("Can't listen on {where}: {reason}", where=where, reason=e.strerror or e) from e
+
+
+def _raise_file_limit() -> None:
+    """A connection takes a descriptor: use as many as the administrator allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _when_ready(server: Any) -> None:
+    """Announce the server, and bound each wait for a client (the sockets of its connections inherit this from the listening socket)."""
+    for listener in server.LISTENERS:
+        logger.info("Serving on %s (Control-C stops the server)", listener)
+        sock = listener.sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_TIMEOUT, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALL_TIMEOUT, 0))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _make_tls_context(config: Any, make_default: Any) -> ssl.SSLContext:
+    context: ssl.SSLContext = make_default()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context

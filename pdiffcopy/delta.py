@@ -1,0 +1,179 @@
+"""
+Which parts of the target have to change?
+
+Two streams of digests go in, batches of work come out, as early as possible. Everything here is pure: nothing is
+read, sent or written, and memory stays flat however large the file is::
+
+    digests of the source, in any order --- in_order() ---\\
+                                                           compare() --- make_batches() --- Batch, Batch, ...
+    digests of the target, in any order --- in_order() ---/
+
+The offset of a block is a multiple of the block size; only the last block of a file may be shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import NamedTuple
+
+from pdiffcopy.exceptions import ProtocolError
+from pdiffcopy.protocol import MAX_EXTENTS, BlockDigest, Extent
+
+BATCH_SIZE = 16 * 1024 * 1024
+"""How many bytes one request moves at most."""
+
+COMPARE_WINDOW = 128 * 1024 * 1024
+"""After how many compared bytes a batch is closed, even when it isn't full (or empty, to report progress)."""
+
+REORDER_WINDOW = 65536
+"""How many blocks a peer may be ahead of the first block that it still owes us."""
+
+
+class Block(NamedTuple):
+    """A block of the source that was compared."""
+
+    offset: int
+    size: int
+    changed: bool
+    digest: str
+    """The digest of the block in the source (empty when it wasn't computed)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one worker transfers in one go, and what was compared to find it."""
+
+    extents: tuple[Extent, ...] = ()
+    digests: tuple[BlockDigest, ...] = ()
+    """The digests of the changed blocks in the source."""
+    blocks_compared: int = 0
+    blocks_changed: int = 0
+    bytes_compared: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many bytes are to be moved."""
+        return sum(extent.size for extent in self.extents)
+
+
+def block_length(offset: int, size: int, block_size: int) -> int:
+    """The length of the block at an offset, in a file of the given size (in bytes)."""
+    return max(0, min(block_size, size - offset))
+
+
+def count_blocks(size: int, block_size: int) -> int:
+    """How many blocks a file has."""
+    return -(-size // block_size)
+
+
+def in_order(digests: Iterable[BlockDigest], start: int, stop: int, block_size: int) -> Iterator[str]:
+    """
+    Put a stream of digests in order, and distrust it.
+
+    :param digests: The blocks from `start` on, in any order.
+    :param start: The offset of the first block (in bytes).
+    :param stop: Where the last block ends.
+    :returns: A generator of the digests, from the first block to the last one.
+    :raises: :exc:`.ProtocolError` when a block is missing, comes twice, lies elsewhere or far ahead, or when the
+             digests differ in length.
+    """
+    expected, length = start, 0
+    early: dict[int, str] = {}
+    for offset, digest in digests:
+        length = length or len(digest)
+        if offset % block_size or not expected <= offset < stop or offset in early or len(digest) != length:
+            raise ProtocolError("The hashes contain an impossible line for offset {offset}", offset=offset)
+        if (offset - expected) // block_size > REORDER_WINDOW:
+            raise ProtocolError("The hashes jump ahead to offset {offset}", offset=offset)
+        early[offset] = digest
+        while expected in early:
+            yield early.pop(expected)
+            expected += block_size
+        if expected >= stop:
+            return
+    if expected < stop:
+        raise ProtocolError("The hashes end before offset {offset}", offset=expected)
+
+
+def compare(source: Iterable[str], target: Iterable[str], size: int, block_size: int) -> Iterator[Block]:
+    """
+    Compare the digests of two files.
+
+    :param source: The digests of the blocks of the source, in order.
+    :param target: The digests of the blocks of the target, in order. They may end earlier or later.
+    :param size: The size of the source (in bytes).
+    :returns: A generator of all blocks of the source.
+    """
+    for index, (left, right) in enumerate(zip(source, chain(target, repeat("")))):
+        offset = index * block_size
+        yield Block(offset, block_length(offset, size, block_size), left != right, left)
+
+
+def make_batches(
+    blocks: Iterable[Block], max_extents: int = MAX_EXTENTS, keep_digests: bool = False
+) -> Iterator[Batch]:
+    """
+    Make work of blocks: join neighbours to extents and put several extents together.
+
+    A block isn't cut, so a batch is larger than :data:`BATCH_SIZE` when a single block is.
+
+    :param blocks: The blocks that were compared, in order.
+    :param max_extents: How many extents one request can carry.
+    :param keep_digests: Whether the batches carry the digests of their blocks.
+    """
+    batch = _Accumulator(max_extents, keep_digests)
+    for block in blocks:
+        if block.changed and not batch.has_room(block):
+            yield batch.close()
+        batch.add(block)
+        if batch.bytes_compared >= COMPARE_WINDOW:
+            yield batch.close()
+    if batch.blocks_compared:
+        yield batch.close()
+
+
+class _Accumulator:
+    """A batch in the making."""
+
+    def __init__(self, max_extents: int, keep_digests: bool):
+        self.max_extents = max_extents
+        self.keep_digests = keep_digests
+        self.clear()
+
+    def clear(self) -> None:
+        self.extents: list[Extent] = []
+        self.digests: list[BlockDigest] = []
+        self.size = self.blocks_compared = self.blocks_changed = self.bytes_compared = 0
+
+    def close(self) -> Batch:
+        batch = Batch(
+            tuple(self.extents), tuple(self.digests), self.blocks_compared, self.blocks_changed, self.bytes_compared
+        )
+        self.clear()
+        return batch
+
+    def continues(self, block: Block) -> bool:
+        return bool(self.extents) and sum(self.extents[-1]) == block.offset
+
+    def has_room(self, block: Block) -> bool:
+        if not self.extents:
+            return True
+        if self.size + block.size > BATCH_SIZE:
+            return False
+        return len(self.extents) < self.max_extents or self.continues(block)
+
+    def add(self, block: Block) -> None:
+        self.blocks_compared += 1
+        self.bytes_compared += block.size
+        if not block.changed:
+            return
+        self.blocks_changed += 1
+        self.size += block.size
+        if self.continues(block):
+            self.extents[-1] = Extent(self.extents[-1].offset, self.extents[-1].size + block.size)
+        else:
+            self.extents.append(Extent(block.offset, block.size))
+        if self.keep_digests:
+            self.digests.append(BlockDigest(block.offset, block.digest))

@@ -1,0 +1,196 @@
+"""Which errors are there, and what does each one mean to a shell and to an HTTP client?
+
+Each class knows its exit code and its HTTP status, so that :func:`.cli.main` and the error handler of the server
+need no table of their own. The keyword arguments of an error are interpolated into its text *and* stay available as
+attributes: ``error.filename``, ``error.offset``, ``error.reason``.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from humanfriendly.text import compact
+
+
+def printable(text: str) -> str:
+    """Escape what could move the cursor of a terminal or forge a line in a log (control and undecodable characters)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+class ProgramError(Exception):
+    """The base exception class for all custom exceptions raised by the pdiffcopy modules."""
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, text: str, *args: Any, **kw: Any):
+        """
+        Initialize a :class:`ProgramError` object.
+
+        For argument handling see :func:`humanfriendly.text.compact()`. The resulting string is the message.
+        """
+        super().__init__(printable(compact(text, *args, **kw)))
+        vars(self).update(kw)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way from a child process to its parent as it is (the message isn't interpolated twice)."""
+        return (_restore, (type(self), str(self), vars(self)))
+
+
+def _restore(cls: type[ProgramError], message: str, data: dict[str, Any]) -> ProgramError:
+    error = cls.__new__(cls, message)
+    Exception.__init__(error, message)
+    vars(error).update(data)
+    return error
+
+
+class BenchmarkAbortedError(ProgramError):
+    """Raised when the operator doesn't give explicit permission to run the benchmark."""
+
+
+class DependencyError(ProgramError):
+    """Raised when client or server installation requirements are missing."""
+
+
+class UsageError(ProgramError):
+    """Raised for options, locations and combinations of them that make no sense."""
+
+    http_status = 400
+
+
+class WorkerError(ProgramError):
+    """Raised when a child process dies (``kill -9``, out of memory) or fails in a way that can't be transported."""
+
+
+# What a server may answer and a client may meet {{{1
+
+
+class RequestError(ProgramError):
+    """Raised when a request (or a parameter of it) is malformed."""
+
+    http_status = 400
+
+
+class AuthenticationError(ProgramError):
+    """Raised when a request carries no token or a wrong one."""
+
+    http_status = 401
+
+
+class ForbiddenError(ProgramError):
+    """Raised when a request is understood but not allowed here."""
+
+    http_status = 403
+
+
+class DigestMismatchError(ProgramError):
+    """Raised when what lies in the target isn't what the sender says it sent. Trying again may help."""
+
+    http_status = 409
+
+
+class LengthRequiredError(ProgramError):
+    """Raised when a body comes without an exact ``Content-Length``."""
+
+    http_status = 411
+
+
+class TooLargeError(ProgramError):
+    """Raised when a body or a parameter exceeds a limit of the server."""
+
+    http_status = 413
+
+
+class RangeError(ProgramError):
+    """Raised when an extent lies beyond the end of the file."""
+
+    http_status = 416
+
+
+class RemoteError(ProgramError):
+    """Raised for an answer of a server that says no (:attr:`status` is its HTTP status)."""
+
+
+class ProtocolError(ProgramError):
+    """Raised when the peer breaks the protocol: its answer can't be believed."""
+
+
+class TransientError(ProgramError):
+    """Raised when the network or a gateway failed in a way that usually passes: the request may be repeated."""
+
+
+# What can be wrong with a file {{{1
+
+
+class FileError(ProgramError):
+    """Raised when the operating system refuses to do something with a file."""
+
+    http_status = 500
+
+    @classmethod
+    def from_os_error(cls, error: OSError, action: str, filename: str) -> FileError:
+        """Choose the most specific class for an :exc:`OSError`."""
+        kind = _FILE_ERRORS.get(error.errno or 0, cls)
+        reason = error.strerror or str(error)
+        return kind("Can't {action} {filename}: {reason}", action=action, filename=filename, reason=reason)
+
+
+class FileMissingError(FileError):
+    """Raised when there is no such file."""
+
+    http_status = 404
+
+
+class FileForbiddenError(FileError):
+    """Raised when a file is there but can't be used like this (permissions, a folder, a FIFO, a read-only mount)."""
+
+    http_status = 403
+
+
+class FileNameError(FileError):
+    """Raised for a name that no file can have."""
+
+    http_status = 400
+
+
+class DiskFullError(FileError):
+    """Raised when there is no room for the data."""
+
+    http_status = 507
+
+
+_FILE_ERRORS: dict[int, type[FileError]] = {
+    errno.EACCES: FileForbiddenError,
+    errno.EBUSY: FileForbiddenError,
+    errno.EDQUOT: DiskFullError,
+    errno.EEXIST: FileForbiddenError,
+    errno.EFBIG: DiskFullError,
+    errno.EINVAL: FileNameError,
+    errno.EISDIR: FileForbiddenError,
+    errno.ELOOP: FileForbiddenError,
+    errno.ENAMETOOLONG: FileNameError,
+    errno.ENODEV: FileForbiddenError,
+    errno.ENOENT: FileMissingError,
+    errno.ENOSPC: DiskFullError,
+    errno.ENOTDIR: FileMissingError,
+    errno.ENXIO: FileForbiddenError,
+    errno.EPERM: FileForbiddenError,
+    errno.EROFS: FileForbiddenError,
+    errno.ETXTBSY: FileForbiddenError,
+    errno.EXDEV: FileMissingError,
+}
+
+# How a run can end badly {{{1
+
+
+class SourceChangedError(ProgramError):
+    """Raised when the source changed while it was copied: run again, or copy a snapshot."""
+
+    exit_code = 3
+
+
+class VerificationError(ProgramError):
+    """Raised when a part of the target keeps differing from what the source sent."""
+
+    exit_code = 4

@@ -1,0 +1,283 @@
+"""
+Where is a file, and what can be done with it there?
+
+A :class:`Location` is what users configure. Behind it stands a :class:`Replica`: one of the two copies of the file.
+There are two kinds with the same methods, :class:`LocalReplica` here and ``RemoteReplica`` in :mod:`.remote`, which is
+imported (and requests with it) only when a location turns out to be remote. Who uses a replica need not know its kind.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from property_manager import PropertyManager, cached_property, mutable_property
+
+from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_TIMEOUT
+from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
+from pdiffcopy.hashing import get_methods, hash_stripes
+from pdiffcopy.operations import LocalFile, get_file_info, read_block, resize_file, stat_file, sync_file
+from pdiffcopy.protocol import FEATURES, Address, Extent, FileInfo, PeerInfo, parse_location
+
+
+@dataclass(frozen=True)
+class Network:
+    """How to talk to servers."""
+
+    timeout: float = DEFAULT_TIMEOUT
+    """How long to wait for a sign of life, in seconds."""
+    retries: int = DEFAULT_RETRIES
+    """How often in a row a request may fail before the run does."""
+    token: str = field(default="", repr=False)
+    """The shared secret that the servers ask for (empty for none)."""
+    ca_file: str = ""
+    """The certificate authority to trust for https (empty for those that requests trusts)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Octets on their way."""
+
+    chunks: Iterable[memoryview | bytes]
+    """The octets, each chunk valid until the next one is asked for."""
+    digest: str = ""
+    """The XXH128 digest that the sender states (empty when it states none)."""
+
+
+class Replica(ABC):
+    """One copy of the file. No method leaves anything open, but for the time that its generator is in use."""
+
+    @abstractmethod
+    def info(self) -> tuple[FileInfo, PeerInfo]:
+        """Size and identity of the file, and what its side can do."""
+
+    @abstractmethod
+    def hashes(self, size: int, block_size: int, method: str, concurrency: int) -> Iterator[str]:
+        """The digests of the blocks of the first `size` bytes, in order, as they become known."""
+
+    @abstractmethod
+    def read(self, extents: Sequence[Extent], state_digest: bool) -> AbstractContextManager[Reading]:
+        """Read extents: exactly the octets that were asked for, or an exception."""
+
+    @abstractmethod
+    def write(self, extents: Sequence[Extent], reading: Reading) -> None:
+        """
+        Write extents, and compare what lies there afterwards with the digest of the reading, if it states one.
+
+        :raises: :exc:`.DigestMismatchError` when that differs.
+        """
+
+    @abstractmethod
+    def resize(self, size: int) -> None:
+        """Create the file (with its parent folders), grow or cut it."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Flush the file to its disk."""
+
+
+class LocalReplica(Replica):
+    """A file of this machine."""
+
+    def __init__(self, filename: str):
+        """:param filename: The name of the file."""
+        self.filename = filename
+
+    def info(self) -> tuple[FileInfo, PeerInfo]:
+        """See :meth:`Replica.info`."""
+        return stat_file(self.filename), PeerInfo(features=FEATURES, methods=get_methods())
+
+    def hashes(self, size: int, block_size: int, method: str, concurrency: int) -> Iterator[str]:
+        """See :meth:`Replica.hashes`."""
+        with LocalFile(self.filename) as file, ThreadPoolExecutor(concurrency) as executor:
+            for stripe in hash_stripes(file, 0, size, block_size, method, executor, concurrency):
+                for _, digest in stripe:
+                    yield digest
+
+    @contextmanager
+    def read(self, extents: Sequence[Extent], state_digest: bool) -> Iterator[Reading]:
+        """See :meth:`Replica.read`."""
+        with LocalFile(self.filename) as file:
+            yield Reading(file.chunks(extents), file.digest(extents) if state_digest else "")
+
+    def write(self, extents: Sequence[Extent], reading: Reading) -> None:
+        """See :meth:`Replica.write`."""
+        with LocalFile(self.filename, write=True) as file:
+            file.write(extents, reading.chunks, reading.digest)
+
+    def resize(self, size: int) -> None:
+        """See :meth:`Replica.resize`."""
+        resize_file(self.filename, size)
+
+    def sync(self) -> None:
+        """See :meth:`Replica.sync`."""
+        sync_file(self.filename)
+
+
+def open_replica(address: Address, network: Network) -> Replica:
+    """
+    Get the replica at an address. A process gets the same one each time, so that connections are used again.
+
+    :raises: :exc:`.DependencyError` when it is remote and the requirements of the client aren't installed.
+    """
+    return _open_replica(address, network, os.getpid())
+
+
+@lru_cache(maxsize=16)
+def _open_replica(address: Address, network: Network, pid: int) -> Replica:
+    if not address.hostname:
+        return LocalReplica(os.path.abspath(address.filename))
+    try:
+        from pdiffcopy.remote import RemoteReplica
+    except ImportError as e:
+        text = "A client requirement is missing ({error}): please run pip install 'pdiffcopy[client]'"
+        raise DependencyError(text, error=e) from e
+    return RemoteReplica(address, network)
+
+
+class Location(PropertyManager):
+    """A local or remote file to be copied."""
+
+    @mutable_property
+    def expression(self) -> str:
+        """The location expression (a string), see :func:`.parse_location`."""
+        return str(self.address)
+
+    @expression.setter
+    def expression(self, value: str) -> None:
+        """Split a location expression into :attr:`scheme`, :attr:`hostname`, :attr:`port_number`, :attr:`filename`."""
+        address = parse_location(value)
+        self.filename = address.filename if address.hostname else os.path.abspath(address.filename)
+        self.hostname = address.hostname or None
+        self.port_number = address.port if address.hostname else None
+        self.scheme = address.scheme
+
+    @mutable_property
+    def filename(self) -> str | None:
+        """The absolute pathname of the file to copy (a string)."""
+
+    @mutable_property
+    def hostname(self) -> str | None:
+        """The host name of a pdiffcopy server (a string or :data:`None`)."""
+
+    @mutable_property
+    def port_number(self) -> int | None:
+        """The port number of a pdiffcopy server (a number or :data:`None`)."""
+
+    @mutable_property
+    def scheme(self) -> str:
+        """How the server is spoken to (``http`` or ``https``)."""
+        return "http"
+
+    @mutable_property
+    def network(self) -> Network:
+        """Timeout, retries and credentials (a :class:`Network` object)."""
+        return Network()
+
+    @property
+    def address(self) -> Address:
+        """What identifies the file (an :class:`.Address`)."""
+        if not self.filename:
+            raise UsageError("A location needs an expression or a filename")
+        if not self.hostname:
+            return Address(self.filename)
+        defaults = Address(self.filename)
+        return Address(self.filename, self.hostname, self.port_number or defaults.port, self.scheme)
+
+    @property
+    def replica(self) -> Replica:
+        """What does the work (a :class:`Replica`)."""
+        return open_replica(self.address, self.network)
+
+    @property
+    def label(self) -> str:
+        """A human friendly label for the location (a string)."""
+        return printable(str(self.address))
+
+    @cached_property
+    def file_info(self) -> dict[str, Any]:
+        """A dictionary with file metadata (empty when the file doesn't exist)."""
+        if not self.hostname:
+            return get_file_info(self.address.filename)
+        info, _ = self.replica.info()
+        if not info.exists:
+            return {}
+        return {"size": info.size, "mtime_ns": info.mtime_ns, "file_id": info.file_id, "resizable": info.resizable}
+
+    @cached_property
+    def exists(self) -> bool:
+        """:data:`True` if the file exists, :data:`False` otherwise."""
+        return bool(self.file_info)
+
+    @cached_property
+    def file_size(self) -> int:
+        """The size of the file in bytes (an integer)."""
+        if not self.exists:
+            raise FileMissingError("The file {label} doesn't exist", label=self.label)
+        return self.file_info["size"]
+
+    def get_hashes(self, **options: Any) -> Iterator[tuple[int, str]]:
+        """
+        Get the hashes of the blocks in a file.
+
+        :param options: ``block_size``, ``method`` and ``concurrency``, see :func:`.compute_hashes`.
+        :returns: A generator of tuples with two values each:
+
+                  1. A byte offset into the file (an integer).
+                  2. The hash of the block starting at that offset (a string).
+        """
+        block_size = options.get("block_size", BLOCK_SIZE)
+        size = self.replica.info()[0].size if self.exists else self.file_size
+        digests = self.replica.hashes(
+            size, block_size, options.get("method", "sha1"), options.get("concurrency", DEFAULT_CONCURRENCY)
+        )
+        return ((index * block_size, digest) for index, digest in enumerate(digests))
+
+    def get_url(self, endpoint: str, **params: Any) -> str:
+        """
+        Get the server URL for the given endpoint.
+
+        :param endpoint: The name of a server side endpoint (a string).
+        :param params: Any query string parameters.
+        """
+        if not self.hostname:
+            raise UsageError("{label} is a local file: it has no URL", label=self.label)
+        return self.address.url(endpoint, **params)
+
+    def read_block(self, offset: int, size: int) -> bytes:
+        """
+        Read a block of data from :attr:`filename`.
+
+        :param offset: The byte offset where reading starts (an integer).
+        :param size: The number of bytes to read (an integer).
+        :returns: A byte string (shorter than `size` at the end of the file).
+        """
+        if not self.hostname:
+            return read_block(self.address.filename, offset, size)
+        size = max(0, min(size, self.replica.info()[0].size - offset))
+        with self.replica.read([Extent(offset, size)] if size else [], state_digest=False) as reading:
+            return b"".join(bytes(chunk) for chunk in reading.chunks)
+
+    def write_block(self, offset: int, data: bytes) -> None:
+        """
+        Write a block of data to :attr:`filename`.
+
+        :param offset: The byte offset where writing starts (an integer).
+        :param data: The byte string to write to the file.
+        """
+        if data:
+            self.replica.write([Extent(offset, len(data))], Reading([data]))
+
+    def resize(self, size: int) -> None:
+        """
+        Adjust the size of :attr:`filename` to the given size.
+
+        :param size: The new file size in bytes (an integer).
+        """
+        self.replica.resize(size)

@@ -1,0 +1,331 @@
+"""
+What can be done with a local file?
+
+These are the primitives that the client and the server share, and the only code that opens a file to be copied. The
+functions take the name of a file, :class:`LocalFile` keeps one open. Whatever the operating system refuses is a
+:exc:`.FileError` that names the file.
+
+A file is a regular file or a block device. Anything else (a folder, a FIFO, a terminal, a socket) is refused before
+it is opened, so that opening it can't block or have side effects, and once more afterwards, in case it was swapped.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import xxhash
+
+from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, FileMissingError
+from pdiffcopy.protocol import Extent, FileInfo
+
+CHUNK_SIZE = 256 * 1024
+"""How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
+
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Namespace:
+    """How names become files: this one is the machine's own, :class:`.Root` confines them to a directory."""
+
+    def open(self, filename: str, flags: int, mode: int = 0) -> int:
+        """Open a file like :func:`os.open` does."""
+        return os.open(filename, flags, mode)
+
+    def make_folder(self, filename: str) -> None:
+        """Make a folder like :func:`os.mkdir` does."""
+        os.mkdir(filename)
+
+
+MACHINE = Namespace()
+
+
+def get_file_info(filename: str) -> dict[str, Any]:
+    """
+    Get information about a local file.
+
+    :param filename: An absolute filename (a string).
+    :returns: A dictionary with file metadata: ``size`` (bytes), ``mtime_ns``, ``file_id`` and ``resizable``, see
+              :class:`.FileInfo`. If the file doesn't exist an empty dictionary is returned.
+    """
+    info = stat_file(filename)
+    if not info.exists:
+        return {}
+    return {"size": info.size, "mtime_ns": info.mtime_ns, "file_id": info.file_id, "resizable": info.resizable}
+
+
+def get_file_size(filename: str) -> int | None:
+    """
+    Get the size of a local file.
+
+    :param filename: An absolute filename (a string).
+    :returns: The size of the file (an integer) or :data:`None` when the file doesn't exist.
+    """
+    return get_file_info(filename).get("size")
+
+
+def read_block(filename: str, offset: int, size: int) -> bytes:
+    """
+    Read a block of data from a local file.
+
+    :param filename: An absolute filename (a string).
+    :param offset: The byte offset where reading starts (an integer).
+    :param size: The number of bytes to read (an integer).
+    :returns: The read data (a byte string), shorter than `size` at the end of the file.
+    """
+    with LocalFile(filename) as file:
+        return b"".join(bytes(chunk) for chunk in file.chunks([file.clip(Extent(offset, size))]))
+
+
+def write_block(filename: str, offset: int, data: bytes) -> None:
+    """
+    Write a block of data to a local file.
+
+    :param filename: An absolute filename (a string).
+    :param offset: The byte offset where writing starts (an integer).
+    :param data: The data to write (a byte string).
+    """
+    with LocalFile(filename, write=True) as file:
+        file.write([Extent(offset, len(data))], [data])
+
+
+def resize_file(filename: str, size: int, namespace: Namespace = MACHINE, devices: bool = True) -> None:
+    """
+    Create or resize a local file, in preparation for synchronizing its contents.
+
+    :param filename: An absolute filename (a string). Missing parent folders are created.
+    :param size: The new size in bytes (an integer).
+    """
+    _create(filename, namespace)
+    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+        file.resize(size)
+
+
+def sync_file(filename: str, namespace: Namespace = MACHINE, devices: bool = True) -> None:
+    """Flush a file, and the folder that has its name, to their disk."""
+    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+        file.sync()
+    folder = os.path.dirname(filename) or "."
+    with _translating("flush", folder):
+        fd = namespace.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def stat_file(filename: str) -> FileInfo:
+    """Get a :class:`.FileInfo` of a local file (that it doesn't exist is no error)."""
+    try:
+        with LocalFile(filename) as file:
+            return file.info()
+    except FileMissingError:
+        return FileInfo(exists=False)
+
+
+def _create(filename: str, namespace: Namespace) -> None:
+    with _translating("create", filename):
+        _make_folders(os.path.dirname(filename) or ".", namespace)
+        try:
+            os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        except FileExistsError:
+            pass
+
+
+def _make_folders(folder: str, namespace: Namespace) -> None:
+    try:
+        os.close(namespace.open(folder, _FOLDER))
+        return
+    except FileNotFoundError:
+        names = folder.split("/")
+    for i in range(1, len(names) + 1):
+        try:
+            namespace.make_folder("/".join(names[:i]) or "/")
+        except FileExistsError:
+            pass
+
+
+@contextmanager
+def _translating(action: str, filename: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise FileError.from_os_error(e, action, filename) from e
+
+
+class LocalFile:
+    """An open regular file or block device (a context manager)."""
+
+    fd = -1
+
+    def __init__(self, filename: str, write: bool = False, namespace: Namespace = MACHINE, devices: bool = True):
+        """
+        Open a file.
+
+        :param filename: The name of the file.
+        :param write: Whether it's going to be written to (it can be read in any case).
+        :param namespace: What the name means.
+        :param devices: Whether a block device will do.
+        """
+        self.filename = filename
+        self.devices = devices
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        with _translating("open", filename):
+            path = namespace.open(filename, os.O_PATH | os.O_CLOEXEC)
+            try:
+                self._check_type(os.fstat(path))
+                self.fd = os.open(f"/proc/self/fd/{path}", flags)
+            finally:
+                os.close(path)
+
+    def _check_type(self, status: os.stat_result) -> None:
+        self.is_device = stat.S_ISBLK(status.st_mode)
+        if self.is_device and not self.devices:
+            reason = "it is a block device (--devices allows those)"
+        elif not self.is_device and not stat.S_ISREG(status.st_mode):
+            reason = "it is neither a regular file nor a block device"
+        else:
+            return
+        raise FileForbiddenError("Can't open {filename}: {reason}", filename=self.filename, reason=reason)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self.fd
+
+    def info(self) -> FileInfo:
+        """Size and identity of the file."""
+        with _translating("examine", self.filename):
+            status = os.fstat(self.fd)
+            size = os.lseek(self.fd, 0, os.SEEK_END) if self.is_device else status.st_size
+        # The contents of a device change without a trace in its node: there is no time to compare.
+        mtime_ns = 0 if self.is_device else status.st_mtime_ns
+        return FileInfo(True, size, mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
+
+    def clip(self, extent: Extent) -> Extent:
+        """The part of an extent that lies within the file."""
+        return Extent(extent.offset, max(0, min(extent.size, self.info().size - extent.offset)))
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
+        done = 0
+        with _translating("read", self.filename):
+            while done < len(view):
+                count = os.preadv(self.fd, [view[done:]], offset + done)
+                if not count:
+                    break
+                done += count
+        return done
+
+    def chunks(self, extents: Iterable[Extent]) -> Iterator[memoryview]:
+        """
+        Read extents.
+
+        :returns: A generator of memory views, each of which is valid until the next one is asked for.
+        :raises: :exc:`.FileError` when the file ends before an extent does.
+        """
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        for offset, size in extents:
+            for position in range(offset, offset + size, CHUNK_SIZE):
+                view = buffer[: min(CHUNK_SIZE, offset + size - position)]
+                if self.read_into(view, position) < len(view):
+                    self.check_size(position + len(view))
+                yield view
+
+    def check_size(self, size: int) -> None:
+        """Raise an error when the file ends before it has this size (in bytes)."""
+        if self.info().size < size:
+            text = "Can't read {filename} up to offset {offset}: the file has become shorter"
+            raise FileError(text, filename=self.filename, offset=size)
+
+    def digest(self, extents: Iterable[Extent]) -> str:
+        """The XXH128 digest of the octets of some extents, as 32 hexadecimal digits."""
+        hasher = xxhash.xxh3_128()
+        for chunk in self.chunks(extents):
+            hasher.update(chunk)
+        return hasher.hexdigest()
+
+    def write(self, extents: Sequence[Extent], chunks: Iterable[bytes | memoryview], digest: str = "") -> None:
+        """
+        Write octets into extents, and check what lies there afterwards.
+
+        :param extents: Where the octets belong, one extent after the other.
+        :param chunks: The octets, cut anywhere, exactly as many as the extents take.
+        :param digest: The XXH128 digest that the sender states (an empty string: there's nothing to check against).
+        :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs.
+        """
+        hasher = xxhash.xxh3_128() if digest else None
+        scratch = memoryview(bytearray(CHUNK_SIZE if digest else 0))
+        for offset, piece in spread(extents, chunks):
+            self._write_at(piece, offset)
+            # Read back at once: the octets are still in the cache of this core.
+            for start in range(0, len(piece) if hasher else 0, CHUNK_SIZE):
+                view = scratch[: min(CHUNK_SIZE, len(piece) - start)]
+                hasher.update(view[: self.read_into(view, offset + start)])  # type: ignore[union-attr]
+        if hasher and hasher.hexdigest() != digest:
+            text = "What lies in {filename} at offset {offset} isn't what was sent"
+            raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
+
+    def _write_at(self, piece: memoryview, offset: int) -> None:
+        with _translating("write to", self.filename):
+            while len(piece):
+                count = os.pwrite(self.fd, piece, offset)
+                piece, offset = piece[count:], offset + count
+
+    def resize(self, size: int) -> None:
+        """Grow or cut the file. A device stays as it is, and has to be large enough."""
+        if not self.is_device:
+            with _translating("resize", self.filename):
+                os.ftruncate(self.fd, size)
+        elif size > self.info().size:
+            text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
+            raise FileForbiddenError(text, filename=self.filename, size=size)
+
+    def sync(self) -> None:
+        """Flush the file to its disk."""
+        with _translating("flush", self.filename):
+            os.fsync(self.fd)
+
+
+def spread(
+    extents: Sequence[Extent], chunks: Iterable[bytes | memoryview]
+) -> Iterator[tuple[int, memoryview]]:
+    """
+    Find out where octets belong.
+
+    :param extents: The extents to fill, one after the other.
+    :param chunks: The octets, cut anywhere.
+    :returns: A generator of tuples of an offset and the octets that belong there.
+    :raises: :exc:`ValueError` when there are more octets than the extents take, or fewer.
+    """
+    remaining = list(reversed(extents))
+    offset = room = 0
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while len(view):
+            while not room:
+                if not remaining:
+                    raise ValueError("more octets than the extents take")
+                offset, room = remaining.pop()
+            piece = view[:room]
+            yield offset, piece
+            offset, room, view = offset + len(piece), room - len(piece), view[len(piece) :]
+    if room or any(extent.size for extent in remaining):
+        raise ValueError("fewer octets than the extents take")

@@ -1,0 +1,159 @@
+"""
+How does a run move what differs?
+
+The goal: read each byte as few times as possible, keep all cores, disks and the network busy at the same time, and
+never report success for octets that aren't there.
+
+::
+
+    generator process                             worker processes                       client process
+    -----------------                             ----------------                       --------------
+    1. digests of the source, as they come \\\\
+                                             3. batches --> 4. read the extents
+    2. digests of the target, as they come /        of the source, write them to
+                                                       the target, compare digests --> 5. results: count, report
+
+All of it happens at the same time. The queues between the steps are bounded, so whatever is slowest slows the others
+down, and memory doesn't grow with the file. A changed block is still in the page cache when step 4 reads it again.
+
+What may not be assumed: batches finish in any order, and after a failure any part of the target may be old or new.
+What may: a batch is written completely or its failure ends the run, and doing it twice does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+
+import xxhash
+
+from pdiffcopy.delta import Batch, Block, block_length, compare, make_batches
+from pdiffcopy.exceptions import DigestMismatchError, TransientError, VerificationError
+from pdiffcopy.hashing import get_hasher
+from pdiffcopy.locations import Network, Reading, open_replica
+from pdiffcopy.protocol import MAX_EXTENTS, Address
+from pdiffcopy.retry import Patience
+
+VERIFY_ATTEMPTS = 3
+"""How often a batch is transferred before a difference is believed to be there to stay."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does (child processes get a copy)."""
+
+    source: Address
+    target: Address
+    network: Network
+    size: int
+    """The size of the source in bytes."""
+    target_size: int
+    """How much of the target there is to compare, in bytes."""
+    block_size: int
+    method: str
+    concurrency: int
+    delta: bool
+    """Whether the target is compared (otherwise all of the source is copied)."""
+    verify: bool
+    by_hashes: bool
+    """Whether to verify by the block hashes of the source, because it can't state digests."""
+    max_extents: int = MAX_EXTENTS
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a batch."""
+
+    blocks_compared: int = 0
+    blocks_changed: int = 0
+    bytes_compared: int = 0
+    bytes_moved: int = 0
+    bytes_verified: int = 0
+    retries: int = 0
+
+    @classmethod
+    def of_comparison(cls, batch: Batch) -> Result:
+        """The result of not transferring a batch."""
+        return cls(batch.blocks_compared, batch.blocks_changed, batch.bytes_compared)
+
+    def __add__(self, other: Result) -> Result:
+        mine, theirs = vars(self), vars(other)
+        return Result(**{name: mine[name] + theirs[name] for name in mine})
+
+
+def find_blocks(plan: Plan) -> Iterator[Block]:
+    """Compare source and target: a generator of all blocks of the source."""
+    if not plan.delta and not plan.by_hashes:
+        for offset in range(0, plan.size, plan.block_size):
+            yield Block(offset, block_length(offset, plan.size, plan.block_size), True, "")
+        return
+    source = _digests(plan, plan.source, plan.size)
+    target = _digests(plan, plan.target, plan.target_size) if plan.delta else iter(())
+    with closing(source), closing(target):
+        yield from compare(source, target, plan.size, plan.block_size)
+
+
+def _digests(plan: Plan, address: Address, size: int) -> Generator[str, None, None]:
+    yield from open_replica(address, plan.network).hashes(size, plan.block_size, plan.method, plan.concurrency)
+
+
+def generate_batches(plan: Plan) -> Iterator[Batch]:
+    """What the generator process does: find out what there is to transfer."""
+    return make_batches(find_blocks(plan), plan.max_extents, plan.by_hashes)
+
+
+def transfer_batch(plan: Plan, batch: Batch) -> Result:
+    """
+    What a worker process does: bring the extents of a batch into line.
+
+    :raises: :exc:`.VerificationError` when the target keeps differing from what the source sends.
+    """
+    patience = Patience(plan.network.retries)
+    mismatches = _transfer_until_equal(plan, batch, patience) if batch.extents else 0
+    return replace(
+        Result.of_comparison(batch),
+        bytes_moved=batch.size,
+        bytes_verified=batch.size if plan.verify else 0,
+        retries=patience.total + mismatches,
+    )
+
+
+def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
+    """Transfer a batch, and tell how many times a difference was found afterwards."""
+    for mismatches in range(VERIFY_ATTEMPTS):
+        try:
+            patience.persist(partial(_transfer, plan, batch))
+            return mismatches
+        except DigestMismatchError as e:
+            logger.warning("%s (attempt %i of %i)", e, mismatches + 1, VERIFY_ATTEMPTS)
+    text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
+    raise VerificationError(
+        text, target=str(plan.target), offset=batch.extents[0].offset, attempts=VERIFY_ATTEMPTS
+    )  # fmt: skip
+
+
+def _transfer(plan: Plan, batch: Batch) -> None:
+    source, target = open_replica(plan.source, plan.network), open_replica(plan.target, plan.network)
+    logger.debug("Transferring %i bytes in %i extents ..", batch.size, len(batch.extents))
+    with source.read(batch.extents, state_digest=plan.verify and not plan.by_hashes) as reading:
+        target.write(batch.extents, _check_hashes(plan, batch, reading) if plan.by_hashes else reading)
+
+
+def _check_hashes(plan: Plan, batch: Batch, reading: Reading) -> Reading:
+    """Compare what an old server sent with its block hashes, and state a digest in its place."""
+    data = memoryview(b"".join(bytes(chunk) for chunk in reading.chunks))
+    position = 0
+    for offset, digest in batch.digests:
+        block = data[position : position + block_length(offset, plan.size, plan.block_size)]
+        hasher = get_hasher(plan.method)()
+        hasher.update(block)
+        if hasher.hexdigest() != digest:
+            text = "{source}: the block at offset {offset} isn't what its digest says"
+            raise DigestMismatchError(text, source=str(plan.source), offset=offset)
+        position += len(block)
+    return Reading([data], xxhash.xxh3_128_hexdigest(data))

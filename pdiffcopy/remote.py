@@ -1,0 +1,283 @@
+"""
+How is a file behind a server read and written?
+
+This is the edge where requests ends: whatever it raises leaves here as a :exc:`.ProgramError`, and whatever a server
+says is checked before it's believed. A session keeps its connections alive, and belongs to one process.
+
+Every request is idempotent. Requests without a body to speak of are repeated here; a transfer is repeated as a whole
+by :mod:`.pipeline`, since the octets have to come from the other replica again. A stream of hashes that breaks off
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+import requests
+import urllib3
+
+from pdiffcopy import __version__
+from pdiffcopy.delta import count_blocks, in_order
+from pdiffcopy.exceptions import (
+    AuthenticationError,
+    DigestMismatchError,
+    DiskFullError,
+    FileMissingError,
+    ForbiddenError,
+    ProgramError,
+    ProtocolError,
+    RemoteError,
+    TransientError,
+)
+from pdiffcopy.locations import Network, Reading, Replica
+from pdiffcopy.operations import CHUNK_SIZE
+from pdiffcopy.protocol import (
+    BLOCKS,
+    DIGEST_HEADER,
+    FEATURE_RESUME,
+    HASHES,
+    INFO,
+    RESIZE,
+    SYNC,
+    SYNC_DONE,
+    Address,
+    BlockDigest,
+    Extent,
+    FileInfo,
+    PeerInfo,
+    check_digest,
+    decode_info,
+    decode_problem,
+    format_extents,
+    parse_hashes,
+)
+from pdiffcopy.retry import Patience
+
+_NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+_KNOWN_STATUS = frozenset(HTTPStatus)
+_TRANSIENT_STATUS = frozenset([502, 503, 504])
+_ERRORS = {
+    error.http_status: error
+    for error in (AuthenticationError, DigestMismatchError, DiskFullError, FileMissingError, ForbiddenError)
+}
+_MAX_DOCUMENT = 1024 * 1024
+"""The longest JSON document that is read from a server, in bytes."""
+
+
+class RemoteReplica(Replica):
+    """A file behind a server."""
+
+    def __init__(self, address: Address, network: Network):
+        """
+        Initialize a replica (the server isn't contacted yet).
+
+        :param address: Where it is.
+        :param network: How to get there.
+        """
+        self.address = address
+        self.network = network
+        self._peer: PeerInfo | None = None
+        self._size = 0
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.headers.update({"Accept-Encoding": "identity", "User-Agent": f"pdiffcopy/{__version__}"})
+        if network.token:
+            self._session.headers["Authorization"] = f"Bearer {network.token}"
+        if network.ca_file:
+            self._session.verify = network.ca_file
+
+    def info(self) -> tuple[FileInfo, PeerInfo]:
+        """See :meth:`.Replica.info`."""
+
+        def ask() -> tuple[FileInfo, PeerInfo]:
+            with self._request("GET", INFO, expect=(200, 404)) as response:
+                return decode_info(_read_document(response), exists=response.status_code == 200)
+
+        info, self._peer = self._patience().persist(ask)
+        self._size = info.size
+        return info, self._peer
+
+    @property
+    def peer(self) -> PeerInfo:
+        """What the server can do (it's asked once)."""
+        return self._peer or self.info()[1]
+
+    def hashes(self, size: int, block_size: int, method: str, concurrency: int) -> Iterator[str]:
+        """See :meth:`.Replica.hashes`."""
+        patience, position = self._patience(), 0
+        while position < size:
+            try:
+                stream = self._hash_lines(position, size, block_size=block_size, method=method, concurrency=concurrency)
+                for digest in in_order(stream, position, size, block_size):
+                    yield digest
+                    position += block_size
+                    patience.succeeded()
+            except TransientError as e:
+                patience.failed(e)
+
+    def _hash_lines(self, start: int, stop: int, **params: Any) -> Iterator[BlockDigest]:
+        resumes = FEATURE_RESUME in self.peer.features
+        if start and resumes:
+            params["offset"] = start
+        with self._request("GET", HASHES, params) as response:
+            # An old server can only begin at the beginning, and a file may be longer than what we compare.
+            most = count_blocks(max(stop, self._size), params["block_size"])
+            for count, line in enumerate(parse_hashes(self._lines(response))):
+                if count >= most:
+                    raise ProtocolError("{url}: the server sent more hashes than the file has blocks", url=self.address)
+                if line.offset >= stop and resumes:
+                    return
+                if start <= line.offset < stop:
+                    yield line
+
+    @contextmanager
+    def read(self, extents: Sequence[Extent], state_digest: bool) -> Iterator[Reading]:
+        """See :meth:`.Replica.read`."""
+        if not extents:
+            yield Reading([])
+            return
+        params: dict[str, Any] = _place(extents)
+        if state_digest:
+            params["digest"] = 1
+        size = sum(extent.size for extent in extents)
+        with self._request("GET", BLOCKS, params) as response:
+            digest = response.headers.get(DIGEST_HEADER, "") if state_digest else ""
+            yield Reading(self._exactly(size, response), digest and check_digest(digest))
+
+    def write(self, extents: Sequence[Extent], reading: Reading) -> None:
+        """See :meth:`.Replica.write`."""
+        params = _place(extents)
+        params.pop("size", None)
+        body = _Body(sum(extent.size for extent in extents), reading.chunks)
+        headers = {DIGEST_HEADER: reading.digest} if reading.digest else {}
+        with self._request("POST", BLOCKS, params, body, headers) as response:
+            response.content  # noqa: B018
+
+    def resize(self, size: int) -> None:
+        """See :meth:`.Replica.resize`."""
+
+        def ask() -> None:
+            with self._request("POST", RESIZE, {"size": size}) as response:
+                response.content  # noqa: B018
+
+        self._patience().persist(ask)
+
+    def sync(self) -> None:
+        """See :meth:`.Replica.sync`."""
+
+        def ask() -> None:
+            with self._request("POST", SYNC) as response:
+                last = b"".join(self._lines(response))[-_MAX_DOCUMENT:].strip()
+                if last != SYNC_DONE.encode():
+                    self._fail("flush", DiskFullError.http_status, decode_problem(last))
+
+        self._patience().persist(ask)
+
+    # The edge {{{1
+
+    def _patience(self) -> Patience:
+        return Patience(self.network.retries)
+
+    @contextmanager
+    def _request(
+        self, verb: str, endpoint: str, params: Any = None, body: Any = None, headers: Any = None, expect: Any = (200,)
+    ) -> Iterator[requests.Response]:
+        """
+        Exchange a request for a response with one of the expected statuses.
+
+        An error in the ``with`` block that stems from the network is translated like one before it.
+        """
+        url = self.address.url(endpoint, **(params or {}))
+        try:
+            with self._session.request(
+                verb, url, data=body, headers=headers, stream=True, allow_redirects=False,
+                timeout=self.network.timeout,
+            ) as response:  # fmt: skip
+                if response.status_code not in expect:
+                    self._fail(f"{verb} {endpoint}", response.status_code, decode_problem(_read_document(response)))
+                yield response
+        except ProgramError:
+            raise
+        except _NETWORK_ERRORS as e:
+            raise self._translate(e, endpoint) from e
+
+    def _fail(self, action: str, status: int, detail: str) -> NoReturn:
+        """Raise the most specific error for a status."""
+        if not detail:
+            detail = HTTPStatus(status).phrase if status in _KNOWN_STATUS else f"HTTP status {status}"
+        kind = TransientError if status in _TRANSIENT_STATUS else _ERRORS.get(status, RemoteError)
+        text = "{url}: the server refused {action}: {detail}"
+        raise kind(text, url=self.address, action=action, detail=detail, status=status)
+
+    def _translate(self, error: Exception, action: str) -> ProgramError:
+        """Make one line of what requests, urllib3 and the operating system raise."""
+        causes = list(_causes(error))
+        reason = next((cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), "")
+        kind: type[ProgramError] = TransientError
+        if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+            kind, reason = RemoteError, f"{reason or causes[-1]} (--ca-file names an authority to trust)"
+        elif any(isinstance(cause, socket.gaierror) for cause in causes):
+            kind = RemoteError
+        elif any(isinstance(cause, (TimeoutError, requests.Timeout)) for cause in causes):
+            reason = f"no sign of life for {self.network.timeout:g} seconds"
+        elif isinstance(error, requests.exceptions.InvalidURL):
+            kind = RemoteError
+        text = "{url}: can't exchange {action} with the server: {reason}"
+        return kind(text, url=self.address, action=action, reason=reason or str(causes[-1]), status=0)
+
+    def _exactly(self, size: int, response: requests.Response) -> Iterator[bytes]:
+        """The body of a response, which has to have a certain size."""
+        length = response.headers.get("Content-Length", "")
+        if length != str(size):
+            text = "{url}: the server sent {length} bytes of data instead of {size}"
+            raise ProtocolError(text, url=self.address, length=length[:40] or "an unknown number of", size=size)
+        while chunk := response.raw.read(CHUNK_SIZE):
+            yield chunk
+
+    def _lines(self, response: requests.Response) -> Iterator[bytes]:
+        """The body of a response as it arrives."""
+        # Not response.iter_content(), which reads the size of a chunk without a limit to its length.
+        while chunk := response.raw.read1(CHUNK_SIZE):
+            yield chunk
+
+
+class _Body:
+    """A request body of known length that is read while it is sent (requests asks for the length first)."""
+
+    def __init__(self, size: int, chunks: Iterable[bytes | memoryview]):
+        self.size = size
+        self.chunks = chunks
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        return iter(self.chunks)
+
+
+def _place(extents: Sequence[Extent]) -> dict[str, Any]:
+    """Spell extents as parameters: the frozen way where that is possible."""
+    if len(extents) == 1:
+        return {"offset": extents[0].offset, "size": extents[0].size}
+    return {"extents": format_extents(extents)}
+
+
+def _read_document(response: requests.Response) -> bytes:
+    document = response.raw.read(_MAX_DOCUMENT + 1)
+    if len(document) > _MAX_DOCUMENT:
+        raise ProtocolError("The server sent a document of more than {limit} bytes", limit=_MAX_DOCUMENT)
+    return document
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was raised because of, the root cause last."""
+    while error is not None:
+        yield error
+        reason = getattr(error, "reason", None)
+        nested = [arg for arg in (reason, *error.args) if isinstance(arg, BaseException)]
+        error = nested[0] if nested else error.__cause__ or error.__context__

@@ -1,0 +1,75 @@
+"""What does a user get to know when a run is over?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from humanfriendly import format_size, format_timespan
+from humanfriendly.text import pluralize
+
+from pdiffcopy.pipeline import Plan, Result
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did."""
+
+    plan: Plan
+    result: Result
+    dry_run: bool
+    verify: bool
+    """Whether the user wanted the transfer to be verified."""
+    elapsed: float
+    """In seconds."""
+
+    @property
+    def similarity(self) -> float:
+        """The part of the blocks that were equal (a number from 0 to 1)."""
+        if not self.result.blocks_compared:
+            return 1.0
+        return 1 - self.result.blocks_changed / self.result.blocks_compared
+
+    @property
+    def verification(self) -> str:
+        """What can be said of the target: ``verified``, ``unverified`` (an old server) or ``skipped``."""
+        if self.dry_run or not self.verify:
+            return "skipped"
+        return "verified" if self.plan.verify else "unverified"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as one JSON object: sizes in bytes, times in seconds."""
+        return {
+            "source": str(self.plan.source),
+            "target": str(self.plan.target),
+            "dry_run": self.dry_run,
+            "delta_transfer": self.plan.delta,
+            "block_size": self.plan.block_size,
+            "hash_method": self.plan.method,
+            "size": self.plan.size,
+            "similarity": self.similarity,
+            "verification": self.verification,
+            "elapsed": self.elapsed,
+            **vars(self.result),
+        }
+
+    def __str__(self) -> str:
+        """The report as a few sentences on one line."""
+        result = self.result
+        verb = "differ" if self.dry_run else "differed"
+        text = f"{result.blocks_changed} of {pluralize(result.blocks_compared, 'block')} {verb}"
+        if not self.plan.delta:
+            text = f"{pluralize(result.blocks_compared, 'block')} to copy" if self.dry_run else "The whole file was copied"
+        else:
+            text += f" ({self.similarity:.2%} similar)"
+        if not self.dry_run:
+            text += f", moved {format_size(result.bytes_moved, binary=True)}"
+        rate = format_size(int(self.plan.size / max(self.elapsed, 1e-6)), binary=True)
+        text += f" in {format_timespan(self.elapsed)} ({rate}/s)."
+        if result.retries:
+            text += f" {pluralize(result.retries, 'retry', 'retries')}."
+        if self.verification == "verified" and result.bytes_moved:
+            text += f" Verified {format_size(result.bytes_verified, binary=True)}."
+        elif self.verification == "unverified" and result.bytes_moved:
+            text += " NOT VERIFIED: the server is too old to check what it wrote."
+        return text

@@ -1,0 +1,73 @@
+"""
+Who may talk to the server, and how is that kept from others?
+
+Tokens and TLS (:mod:`.confinement` keeps paths inside a directory). Security fails closed: half a configuration, an empty token or a
+file that others can read is an error, never a reason to go on without.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import ssl
+import stat
+
+from pdiffcopy.exceptions import FileError, UsageError
+
+TOKEN_VARIABLE = "PDIFFCOPY_TOKEN"
+
+_MAX_TOKEN = 4096
+
+
+def load_token(filename: str = "") -> str:
+    """
+    Get the shared secret.
+
+    :param filename: The file that holds it (by default it's taken from ``$PDIFFCOPY_TOKEN``, if that is set).
+    :returns: The token, or an empty string when none is configured.
+    :raises: :exc:`.UsageError` when it's empty, has characters that a header can't carry, or when others can read it.
+    """
+    if filename:
+        token, origin = _read_secret(filename).strip(), filename
+    elif TOKEN_VARIABLE in os.environ:
+        token, origin = os.environ[TOKEN_VARIABLE], f"${TOKEN_VARIABLE}"
+    else:
+        return ""
+    if not token:
+        raise UsageError("The token in {origin} is empty: put a long random word there", origin=origin)
+    if not (token.isascii() and token.isprintable()) or " " in token or len(token) > _MAX_TOKEN:
+        raise UsageError("The token in {origin} has to be one line of ASCII letters and digits", origin=origin)
+    return token
+
+
+def _read_secret(filename: str) -> str:
+    try:
+        with open(filename, encoding="ascii", errors="replace") as handle:
+            mode = os.fstat(handle.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise UsageError("The token file {filename} isn't a regular file", filename=filename)
+            if mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IRGRP | stat.S_IWGRP):
+                raise UsageError("Others can read or write the token file {filename}: run chmod 600", filename=filename)
+            return handle.read(_MAX_TOKEN + 1)
+    except OSError as e:
+        raise FileError.from_os_error(e, "read the token file", filename) from e
+
+
+def check_token(expected: str, header: str) -> bool:
+    """Compare the header ``Authorization`` with what is expected, in constant time (RFC 6750)."""
+    scheme, _, token = header.partition(" ")
+    given = token.strip().encode("utf-8", "surrogateescape")
+    return hmac.compare_digest(given, expected.encode("ascii")) and scheme.lower() == "bearer"
+
+
+def check_certificate(certfile: str, keyfile: str) -> None:
+    """Find out before the server starts whether it can serve https with these files."""
+    if bool(certfile) != bool(keyfile):
+        raise UsageError("--certfile and --keyfile go together: give both or none")
+    if certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+        except (OSError, ValueError) as e:
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+            text = "Can't use the certificate {certfile} with the key {keyfile}: {reason}"
+            raise UsageError(text, certfile=certfile, keyfile=keyfile, reason=reason) from e

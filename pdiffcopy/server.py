@@ -1,0 +1,290 @@
+"""
+How is a file served to clients elsewhere?
+
+Thin Flask views over :mod:`.operations` and :mod:`.hashing`, on gunicorn with threads. There's no state between
+requests, so any request may be repeated, and processes may come and go. Whatever a client does wrong is answered with
+a problem (RFC 9457) and never with 500; what a client asks for is bounded by constants, not by its wishes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.wsgi import wrap_file
+
+from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
+from pdiffcopy import protocol as wire
+from pdiffcopy.exceptions import (
+    AuthenticationError,
+    FileMissingError,
+    ForbiddenError,
+    LengthRequiredError,
+    ProgramError,
+    RangeError,
+    RequestError,
+    TooLargeError,
+)
+from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
+from pdiffcopy.operations import CHUNK_SIZE, MACHINE, LocalFile, resize_file, sync_file
+from pdiffcopy.protocol import Extent, Parameters
+from pdiffcopy.confinement import Root
+from pdiffcopy.security import check_certificate, check_token, load_token
+
+SYNC_HEARTBEAT = 5.0
+"""How often a client that waits for a flush hears that it isn't done yet, in seconds."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator wants."""
+
+    root: str = ""
+    """The directory that names are resolved in (empty means all of the machine)."""
+    token: str = ""
+    read_only: bool = False
+    devices: bool = False
+
+
+def create_app(settings: Settings) -> Flask:
+    """Make a WSGI application."""
+    views = _Views(settings)
+    application = Flask(__name__, static_folder=None)
+    application.before_request(views.authenticate)
+    application.register_error_handler(Exception, _handle_error)
+    for method, endpoint, view in (
+        ("GET", wire.INFO, views.info),
+        ("GET", wire.HASHES, views.hashes),
+        ("GET", wire.BLOCKS, views.read),
+        ("POST", wire.BLOCKS, views.write),
+        ("POST", wire.RESIZE, views.resize),
+        ("POST", wire.SYNC, views.sync),
+    ):
+        application.add_url_rule(f"/{endpoint}", view.__name__, view, methods=[method], provide_automatic_options=False)
+    return application
+
+
+class _Views:
+    """What the endpoints do."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.namespace = Root(settings.root) if settings.root else MACHINE
+
+    def authenticate(self) -> None:
+        """Comes first, before any parameter or file is looked at."""
+        token = self.settings.token
+        if token and not check_token(token, request.headers.get("Authorization", "")):
+            raise AuthenticationError("This server wants a token, and none or the wrong one was given (--token-file)")
+
+    def info(self) -> Any:
+        """``GET /info``"""
+        info = wire.FileInfo(exists=False)
+        try:
+            with self.open() as file:
+                info = file.info()
+        except FileMissingError as e:
+            return _problem(e.http_status, str(e), self.describe(info))
+        return self.describe(info)
+
+    def hashes(self) -> Response:
+        """``GET /hashes``"""
+        parameters = Parameters(request.query_string)
+        block_size = parameters.integer("block_size", 1, wire.MAX_BLOCK_SIZE)
+        start = parameters.integer("offset", default=0)
+        if start % block_size:
+            raise RequestError("The offset {start} isn't a multiple of the block size", start=start)
+        method = parameters.get("method")
+        get_hasher(method)
+        executor, limit = _get_executor(os.getpid())
+        concurrency = min(parameters.integer("concurrency", 1, wire.MAX_CONCURRENCY, default=1), limit)
+        file = self.open()
+        stripes = hash_stripes(file, start, file.info().size, block_size, method, executor, concurrency)
+        response = Response(map(wire.format_hashes, stripes), mimetype="text/plain")
+        response.call_on_close(stripes.close)
+        response.call_on_close(file.close)
+        return response
+
+    def read(self) -> Response:
+        """``GET /blocks``"""
+        parameters = Parameters(request.query_string)
+        extents = parameters.extents()
+        file = self.open()
+        if not extents:
+            size = parameters.integer("size", 0, wire.MAX_BLOCK_SIZE)
+            extents = [file.clip(Extent(parameters.integer("offset"), size))]
+        elif max(map(sum, extents)) > file.info().size:
+            raise RangeError("An extent lies beyond the end of the file")
+        headers = {"Content-Length": str(sum(extent.size for extent in extents))}
+        if parameters.integer("digest", 0, 1, default=0):
+            headers[wire.DIGEST_HEADER] = file.digest(extents)
+        if len(extents) == 1 and not file.is_device and request.scheme == "http":
+            # Gunicorn knows this wrapper and calls sendfile(2) for it.
+            body: Any = wrap_file(request.environ, _Slice(file, extents[0]), CHUNK_SIZE)  # type: ignore[arg-type]
+        else:
+            body = map(bytes, file.chunks(extents))
+        response = Response(body, headers=headers, mimetype="application/octet-stream", direct_passthrough=True)
+        response.call_on_close(file.close)
+        return response
+
+    def write(self) -> Any:
+        """``POST /blocks``"""
+        self.check_writable()
+        parameters = Parameters(request.query_string)
+        length = request.content_length
+        if length is None:
+            raise LengthRequiredError("The body needs a Content-Length")
+        if length > wire.MAX_BLOCK_SIZE:
+            raise TooLargeError("The body may have {limit} bytes at most", limit=wire.MAX_BLOCK_SIZE)
+        extents = parameters.extents() or [Extent(parameters.integer("offset"), length)]
+        wire.check_extents(extents)
+        if length != sum(extent.size for extent in extents):
+            raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
+        digest = request.headers.get(wire.DIGEST_HEADER, "")
+        with self.open(write=True) as file:
+            file.write(extents, _read_body(length), digest and wire.check_digest(digest))
+        return {"verified": bool(digest)}
+
+    def resize(self) -> Any:
+        """``POST /resize``"""
+        self.check_writable()
+        parameters = Parameters(request.query_string)
+        size = parameters.integer("size")
+        resize_file(parameters.filename, size, self.namespace, self.settings.devices)
+        return {"size": size}
+
+    def sync(self) -> Response:
+        """``POST /sync``"""
+        self.check_writable()
+        filename = Parameters(request.query_string).filename
+        self.open().close()
+        return Response(self.report_sync(filename), mimetype="text/plain")
+
+    def report_sync(self, filename: str) -> Iterator[str]:
+        """Flush a file in the background. The status has been sent before it's known how that ends."""
+        with ThreadPoolExecutor(1) as executor:
+            future = executor.submit(sync_file, filename, self.namespace, self.settings.devices)
+            while not wait([future], SYNC_HEARTBEAT).done:
+                yield "\n"
+            error = future.exception()
+        if isinstance(error, ProgramError):
+            yield wire.encode_problem(error.http_status, HTTPStatus(error.http_status).phrase, str(error)) + "\n"
+        elif error:
+            raise error
+        else:
+            yield f"{wire.SYNC_DONE}\n"
+
+    def open(self, write: bool = False) -> LocalFile:
+        """Open the file that a request is about."""
+        filename = Parameters(request.query_string).filename
+        return LocalFile(filename, write, self.namespace, self.settings.devices)
+
+    def describe(self, info: wire.FileInfo) -> dict[str, Any]:
+        """Tell about a file and about this server."""
+        return wire.encode_info(info, get_methods(), not self.settings.read_only)
+
+    def check_writable(self) -> None:
+        """Refuse what would change something, before anything is touched."""
+        if self.settings.read_only:
+            raise ForbiddenError("This server is read-only")
+
+
+class _Slice:
+    """A part of a file, as ``wsgi.file_wrapper`` wants it."""
+
+    def __init__(self, file: LocalFile, extent: Extent):
+        self.file = file
+        self.position, self.remaining = extent
+        self.end = extent.offset + extent.size
+        os.lseek(file.fileno(), extent.offset, os.SEEK_SET)  # that's where sendfile begins
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def read(self, size: int) -> bytes:
+        if not self.remaining:
+            return b""
+        chunk = b"".join(map(bytes, self.file.chunks([Extent(self.position, min(size, self.remaining))])))
+        self.position += len(chunk)
+        self.remaining -= len(chunk)
+        return chunk
+
+    def close(self) -> None:
+        """An error here makes gunicorn close the connection: the client has to learn that octets are missing."""
+        with self.file:
+            self.file.check_size(self.end)
+
+
+@lru_cache(maxsize=1)
+def _get_executor(pid: int) -> tuple[ThreadPoolExecutor, int]:
+    """The threads that hash for all clients of this process, and how many there are."""
+    threads = os.cpu_count() or 1
+    return ThreadPoolExecutor(threads, "hash"), threads
+
+
+def _read_body(length: int) -> Iterator[bytes]:
+    stream = request.environ["wsgi.input"]
+    while length:
+        try:
+            chunk = stream.read(min(length, CHUNK_SIZE))
+        except BlockingIOError:
+            chunk = b""
+        if not chunk:
+            raise RequestError("The body ended early")
+        length -= len(chunk)
+        yield chunk
+
+
+def _problem(status: int, detail: str, members: dict[str, Any] | None = None) -> Response:
+    title = HTTPStatus(status).phrase
+    return Response(wire.encode_problem(status, title, detail, members), status, mimetype=wire.PROBLEM_TYPE)
+
+
+def _handle_error(error: Exception) -> Response:
+    """The edge where exceptions become responses."""
+    if isinstance(error, HTTPException):
+        response = _problem(error.code or 500, error.description or "")
+        response.headers.extend((k, v) for k, v in error.get_headers() if k.lower() != "content-type")
+        return response
+    if not isinstance(error, ProgramError):
+        logger.exception("A bug, please report it:")
+        return _problem(500, "Internal error")
+    response = _problem(error.http_status, str(error))
+    if isinstance(error, AuthenticationError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if error.http_status >= 500:
+        logger.error("%s", error)
+    return response
+
+
+app = create_app(Settings(token=load_token()))
+"""The WSGI application, for ``python -m gunicorn pdiffcopy.server:app``: it serves everything, and wants the token
+that ``$PDIFFCOPY_TOKEN`` holds, if it's set."""
+
+
+def start_server(address: str = "", concurrency: int = DEFAULT_CONCURRENCY, settings: Settings | None = None,
+                 certfile: str = "", keyfile: str = "") -> None:
+    """
+    Serve until SIGTERM or SIGINT arrives.
+
+    :param address: Where to listen, see :func:`.parse_listen` (a string, by default all addresses and port 8080).
+    :param concurrency: How many processes answer requests (an integer).
+    :param settings: What the operator wants (a :class:`Settings` object).
+    :param certfile: The certificate to serve https with.
+    :param keyfile: The key of that certificate.
+    """
+    from pdiffcopy.daemon import Daemon
+
+    check_certificate(certfile, keyfile)
+    application = create_app(settings) if settings else app
+    Daemon(application, wire.parse_listen(address or str(DEFAULT_PORT)), concurrency, certfile, keyfile).run()

@@ -1,0 +1,130 @@
+"""What the tests share: real servers and real clients in processes of their own, and files with known contents."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+STARTUP_TIMEOUT = 20
+RUN_TIMEOUT = 120
+
+
+def find_free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for(condition, timeout: float = STARTUP_TIMEOUT, what: str = "something"):
+    """Wait until a function returns something true, and return that."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"waited {timeout} seconds for {what}")
+
+
+def can_connect(port: int) -> bool:
+    """Whether somebody listens on a port of loopback."""
+    with socket.socket() as sock:
+        sock.settimeout(1)
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+@dataclass
+class Server:
+    """A running ``pdiffcopy --listen`` on loopback."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+    scheme: str = "http"
+
+    @property
+    def origin(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def location(self, path: os.PathLike | str) -> str:
+        """The location of a file behind this server, in the short form."""
+        return f"127.0.0.1:{self.port}{os.path.abspath(path)}"
+
+    def stop(self) -> int:
+        """End the server with SIGTERM and return its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(RUN_TIMEOUT)
+
+
+def start_server(folder: Path, *options: str, port: int = 0, env: dict | None = None, scheme: str = "http") -> Server:
+    """
+    Start a server and wait until it accepts connections.
+
+    :param folder: Where its log goes.
+    :param options: Options for its command line.
+    :param port: The port to listen on (by default a free one).
+    """
+    port = port or find_free_port()
+    log = folder / f"server-{port}.log"
+    command = [sys.executable, "-m", "pdiffcopy", "--listen", f"127.0.0.1:{port}", *options]
+    with log.open("ab") as handle:
+        process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})})
+    server = Server(process, port, log, scheme)
+    wait_for(lambda: can_connect(port) or process.poll() is not None, what="the server")
+    assert process.poll() is None, log.read_text()
+    return server
+
+
+def run_pdiffcopy(*arguments: os.PathLike | str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    """Run ``pdiffcopy`` in a process of its own. The result has ``returncode``, ``stdout`` and ``stderr`` (text)."""
+    command = [sys.executable, "-m", "pdiffcopy", *map(os.fspath, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=RUN_TIMEOUT, env={**os.environ, **(env or {})}, **options
+    )
+
+
+def error_lines(result: subprocess.CompletedProcess) -> list[str]:
+    """The lines on stderr that aren't log messages."""
+    return [line for line in result.stderr.splitlines() if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+
+
+def make_data(size: int, seed: int = 1) -> bytes:
+    """Octets that look random and are the same each time."""
+    return random.Random(seed).randbytes(size)
+
+
+def children_of(pid: int) -> list[int]:
+    """The process ids of all descendants of a process that are alive (zombies don't count)."""
+    found = []
+    for child in _children(pid):
+        found += [child, *children_of(child)]
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name_and_rest = path.read_text().rpartition(")")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        state, parent = name_and_rest[2].split()[:2]
+        if int(parent) == pid and state != "Z":
+            children.append(int(path.parent.name))
+    return children
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and isn't a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
