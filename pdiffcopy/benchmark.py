@@ -52,8 +52,10 @@ def run_benchmark(client: Client) -> list[Measurement]:
     :raises: :exc:`.BenchmarkAbortedError` when the operator doesn't agree.
     """
     if client.target.hostname:
-        raise UsageError("The benchmark damages its target, which has to be a local file: {label} isn't one",
-                         label=client.target.label)
+        raise UsageError(
+            "The benchmark damages its target, which has to be a local file: {label} isn't one",
+            label=client.target.label,
+        )
     rsync = _get_rsync_command(client)
     _ask_permission(client)
     logger.info("Bringing the target into line before the first measurement ..")
@@ -126,8 +128,9 @@ def _run_rsync(command: list[str]) -> float:
     except OSError as e:
         raise ProgramError("Can't run rsync: {reason}", reason=e.strerror) from e
     except subprocess.CalledProcessError as e:
-        raise ProgramError("rsync failed with exit code {status}: {command}", status=e.returncode,
-                           command=" ".join(command)) from e
+        raise ProgramError(
+            "rsync failed with exit code {status}: {command}", status=e.returncode, command=" ".join(command)
+        ) from e
     return time.monotonic() - started
 
 
@@ -141,8 +144,9 @@ def _get_rsync_command(client: Client) -> list[str]:
     server, module, root = values
     path = os.path.relpath(client.source.filename, root)
     if path.startswith(".."):
-        raise UsageError("The source {label} isn't below the root of the rsync module, {root}",
-                         label=client.source.label, root=root)
+        raise UsageError(
+            "The source {label} isn't below the root of the rsync module, {root}", label=client.source.label, root=root
+        )
     return ["rsync", "--inplace", f"rsync://{server}/{module}/{path}", client.target.address.filename]
 
 

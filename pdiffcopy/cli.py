@@ -121,7 +121,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import coloredlogs
 from humanfriendly import InvalidSize, parse_size
@@ -129,9 +129,13 @@ from humanfriendly.terminal import usage
 
 from pdiffcopy import __version__
 from pdiffcopy.exceptions import DependencyError, ProgramError, UsageError, printable
-from pdiffcopy.security import load_token
+from pdiffcopy.security import is_loopback, load_token
+
+if TYPE_CHECKING:
+    from pdiffcopy.client import Client
 
 logger = logging.getLogger(__name__)
+
 
 def _parse_text(option: str, value: str) -> str:
     if not value:
@@ -143,8 +147,9 @@ def _parse_size(option: str, value: str) -> int:
     try:
         return parse_size(value)
     except InvalidSize:
-        raise UsageError("{option} needs a size like 65536, 64KiB or 4MiB, not {value}",
-                         option=option, value=repr(value)) from None
+        raise UsageError(
+            "{option} needs a size like 65536, 64KiB or 4MiB, not {value}", option=option, value=repr(value)
+        ) from None
 
 
 def _parse_number(option: str, value: str) -> int:
@@ -207,9 +212,15 @@ _SHORT = {
 }
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
 def main() -> NoReturn:
     """The command line interface."""
     coloredlogs.install()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_escape)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _run(sys.argv[1:])
@@ -219,12 +230,20 @@ def main() -> NoReturn:
             traceback.print_exc()
         status = _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
-        status = _fail("interrupted", 130)
+        status = _fail("interrupted", 128 + signal.SIGINT)
+    except _Terminated:
+        status = _fail("terminated", 128 + signal.SIGTERM)
     sys.exit(status)
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
-    sys.exit(_fail("terminated", 128 + signum))
+    raise _Terminated
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Nobody on the other side gets to write control characters to our terminal."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def _fail(message: str, status: int) -> int:
@@ -295,7 +314,7 @@ def run_client(**options: Any) -> None:
     except ImportError as e:
         text = "A client requirement is missing ({error}): please run pip install 'pdiffcopy[client]'"
         raise DependencyError(text, error=e) from e
-    network = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
+    network: dict[str, Any] = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
     network["token"] = load_token(options.pop("token_file", ""))
     as_json = options.pop("json", False)
     client = Client(
@@ -304,13 +323,25 @@ def run_client(**options: Any) -> None:
         network=Network(**network),
         **options,
     )
-    if client.benchmark:
-        measurements = client.run_benchmark()
-        outcome = {"measurements": [vars(measurement) for measurement in measurements]}
-    else:
-        outcome = client.run().as_dict()
+    _warn_of_eavesdroppers(client)
+    try:
+        if client.benchmark:
+            outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
+        else:
+            outcome = client.run().as_dict()
+    except ProgramError as e:
+        if as_json:
+            print(json.dumps({"error": str(e), "exit_code": e.exit_code}))
+        raise
     if as_json:
         print(json.dumps(outcome))
+
+
+def _warn_of_eavesdroppers(client: Client) -> None:
+    for location in (client.source, client.target):
+        if client.network.token and location.hostname and location.scheme == "http":
+            if not is_loopback(location.hostname):
+                logger.warning("The token and the data for %s can be read on their way: use https", location.label)
 
 
 def run_server(**options: Any) -> None:
@@ -325,6 +356,6 @@ def run_server(**options: Any) -> None:
     except ImportError as e:
         text = "A server requirement is missing ({error}): please run pip install 'pdiffcopy[server]'"
         raise DependencyError(text, error=e) from e
-    settings = {name: options.pop(name) for name in ("root", "read_only", "devices") if name in options}
+    settings: dict[str, Any] = {name: options.pop(name) for name in ("root", "read_only", "devices") if name in options}
     settings["token"] = load_token(options.pop("token_file", ""))
     start_server(settings=Settings(**settings), **options)

@@ -67,7 +67,7 @@ class Root(Namespace):
         folder, name = os.path.split(filename.rstrip("/"))
         parent = self.open(folder or "/", _FOLDER)
         try:
-            os.mkdir(name, 0o777, dir_fd=parent)
+            os.mkdir(name or ".", 0o777, dir_fd=parent)
         finally:
             os.close(parent)
 

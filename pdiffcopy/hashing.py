@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import xxhash
@@ -59,7 +59,7 @@ def hash_worker(offset: int, block_size: int, filename: str, method: str) -> tup
 
 def hash_stripes(
     file: LocalFile, start: int, stop: int, block_size: int, method: str, executor: Executor, concurrency: int
-) -> Iterator[list[BlockDigest]]:
+) -> Generator[list[BlockDigest], None, None]:
     """
     Hash a part of an open file.
 
@@ -120,7 +120,7 @@ def get_hasher(method: str) -> Callable[[], Any]:
     return hasher
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_methods() -> frozenset[str]:
     """The names of all hash methods that work here."""
     return frozenset(filter(_find_hasher, {"xxh128", "blake3"} | hashlib.algorithms_available))

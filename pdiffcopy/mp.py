@@ -35,7 +35,9 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from property_manager import PropertyManager, lazy_property, mutable_property, required_property
@@ -79,6 +81,16 @@ def _follow(lifeline: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def _delayed_signals() -> Iterator[None]:
+    """Make signals wait: in a child until it knows what to do about them, in the parent until it knows the child."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class Promise(multiprocessing.Process):
     """Execute a Python function in a child process and retrieve its return value."""
 
@@ -92,13 +104,8 @@ class Promise(multiprocessing.Process):
         super().__init__(**options)
         self._lifeline = _get_lifeline()
         self._receiver, self._sender = multiprocessing.Pipe(duplex=False)
-        # A signal that arrives before the child knows what to do about it has to wait.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with _delayed_signals(), self._sender:
             self.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            self._sender.close()
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
@@ -126,11 +133,17 @@ class Promise(multiprocessing.Process):
         """
         if multiprocessing.util.is_exiting():  # type: ignore[attr-defined]  # nobody is left to take the outcome
             return super().join(timeout)
-        if not hasattr(self, "_outcome"):
-            if not self._receiver.poll(timeout):
-                return None
-            self._outcome = self._receive()
+        if not self._receiver.closed and not self._receiver.poll(timeout):
+            return None
+        try:
+            return self._get_outcome()
+        finally:
             super().join()
+
+    def _get_outcome(self) -> Any:
+        """Do what :meth:`join` does, but without waiting for the process to finish."""
+        if not self._receiver.closed:
+            self._outcome = self._receive()
             self._receiver.close()
         success, value, text = self._outcome
         if not success:
@@ -140,10 +153,11 @@ class Promise(multiprocessing.Process):
     def _receive(self) -> tuple[bool, Any, str]:
         try:
             return pickle.loads(self._receiver.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):  # nothing was sent, or it ends in the middle
             super().join()
             text = "A child process ({name}) ended unexpectedly ({reason})"
-            reason = f"killed by signal {-self.exitcode}" if (self.exitcode or 0) < 0 else f"code {self.exitcode}"
+            code = self.exitcode or 0
+            reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
             return False, WorkerError(text, name=self.name, reason=reason), "The process left no traceback."
 
 
@@ -234,11 +248,15 @@ class WorkerPool(PropertyManager):
         """Initialize the generator and worker processes and start yielding values from :attr:`output_queue`."""
         with self:
             results = self.output_queue._reader
-            running = {process.sentinel: process for process in self.all_processes}
+            # An outcome is looked at before its process has ended: it can't end before a large one was taken.
+            running: dict[Any, Promise] = {process.sentinel: process for process in self.all_processes}
+            silent: dict[Any, Promise] = {process._receiver: process for process in self.all_processes}
             while running:
-                ready = wait([results, *running], timeout=self.polling_interval)
-                for sentinel in [s for s in ready if s in running]:
-                    running.pop(sentinel).join()  # type: ignore[call-overload]
+                ready = wait([results, *silent, *running], timeout=self.polling_interval)
+                for receiver in silent.keys() & ready:
+                    silent.pop(receiver)._get_outcome()
+                for sentinel in running.keys() & ready:
+                    running.pop(sentinel).join()
                 if results in ready:
                     yield self.output_queue.get()
             while results.poll():
@@ -267,8 +285,9 @@ class WorkerPool(PropertyManager):
             queue.close()
 
     def _start(self, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> Promise:
-        process = Promise(target=target, args=arguments, name=name, daemon=True)
-        self._started.append(process)
+        with _delayed_signals():
+            process = Promise(target=target, args=arguments, name=name, daemon=True)
+            self._started.append(process)
         return process
 
 
@@ -282,7 +301,7 @@ def generator_adapter(
     """
     logging.getLogger().setLevel(log_level)
     for item in generator_fn():
-        input_queue.put((item,))
+        _put(input_queue, (item,))
     for _ in range(concurrency):
         input_queue.put(())
 
@@ -291,4 +310,10 @@ def worker_adapter(input_queue: Any, log_level: int, output_queue: Any, worker_f
     """Adapter function for the worker processes."""
     logging.getLogger().setLevel(log_level)
     while envelope := input_queue.get():
-        output_queue.put(worker_fn(envelope[0]))
+        _put(output_queue, worker_fn(envelope[0]))
+
+
+def _put(queue: Any, value: Any) -> None:
+    """Put a value into a queue, which would silently lose one that can't be pickled."""
+    ForkingPickler.dumps(value)
+    queue.put(value)

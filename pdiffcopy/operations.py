@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import xxhash
@@ -129,10 +129,8 @@ def stat_file(filename: str) -> FileInfo:
 def _create(filename: str, namespace: Namespace) -> None:
     with _translating("create", filename):
         _make_folders(os.path.dirname(filename) or ".", namespace)
-        try:
+        with suppress(FileExistsError):
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-        except FileExistsError:
-            pass
 
 
 def _make_folders(folder: str, namespace: Namespace) -> None:
@@ -142,10 +140,8 @@ def _make_folders(folder: str, namespace: Namespace) -> None:
     except FileNotFoundError:
         names = folder.split("/")
     for i in range(1, len(names) + 1):
-        try:
+        with suppress(FileExistsError):
             namespace.make_folder("/".join(names[:i]) or "/")
-        except FileExistsError:
-            pass
 
 
 @contextmanager
@@ -304,9 +300,7 @@ class LocalFile:
             os.fsync(self.fd)
 
 
-def spread(
-    extents: Sequence[Extent], chunks: Iterable[bytes | memoryview]
-) -> Iterator[tuple[int, memoryview]]:
+def spread(extents: Sequence[Extent], chunks: Iterable[bytes | memoryview]) -> Iterator[tuple[int, memoryview]]:
     """
     Find out where octets belong.
 

@@ -31,7 +31,7 @@ from functools import partial
 import xxhash
 
 from pdiffcopy.delta import Batch, Block, block_length, compare, make_batches
-from pdiffcopy.exceptions import DigestMismatchError, TransientError, VerificationError
+from pdiffcopy.exceptions import DigestMismatchError, VerificationError
 from pdiffcopy.hashing import get_hasher
 from pdiffcopy.locations import Network, Reading, open_replica
 from pdiffcopy.protocol import MAX_EXTENTS, Address
@@ -93,7 +93,7 @@ def find_blocks(plan: Plan) -> Iterator[Block]:
             yield Block(offset, block_length(offset, plan.size, plan.block_size), True, "")
         return
     source = _digests(plan, plan.source, plan.size)
-    target = _digests(plan, plan.target, plan.target_size) if plan.delta else iter(())
+    target = _digests(plan, plan.target, plan.target_size if plan.delta else 0)
     with closing(source), closing(target):
         yield from compare(source, target, plan.size, plan.block_size)
 

@@ -38,8 +38,16 @@ class Bar(Reporter):
 
         tqdm.monitor_interval = 0  # no thread: processes may be forked while a bar is there
         self.moved = 0
-        self.bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False,
-                        dynamic_ncols=True, file=sys.stderr)
+        self.bar = tqdm(
+            total=total,
+            desc=label,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
 
     def __exit__(self, *exc_info: Any) -> None:
         self.bar.close()

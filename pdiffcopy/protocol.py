@@ -162,7 +162,9 @@ def _parse_url(expression: str) -> Address:
     if any(character.isspace() or character == "\0" for character in expression):
         raise UsageError("{value} isn't a valid URL: write %20 for a space", value=expression)
     if parts.query or parts.fragment or expression.endswith(("?", "#")):
-        raise UsageError("{value} has a query or a fragment: in a name, write %3F for ? and %23 for #", value=expression)
+        raise UsageError(
+            "{value} has a query or a fragment: in a name, write %3F for ? and %23 for #", value=expression
+        )
     if "@" in parts.netloc:
         raise UsageError("A URL can't carry a password or a user name: use --token-file")
     filename = os.fsdecode(unquote_to_bytes(parts.path))
@@ -248,11 +250,19 @@ class Parameters:
             return default
         text = self.get(name)
         if not _INTEGER.fullmatch(text) or int(text) < minimum:
-            raise RequestError("The parameter {name} must be an integer of at least {minimum}, not {value}",
-                               name=name, minimum=minimum, value=repr(text[:40]))
+            raise RequestError(
+                "The parameter {name} must be an integer of at least {minimum}, not {value}",
+                name=name,
+                minimum=minimum,
+                value=repr(text[:40]),
+            )
         if int(text) > maximum:
-            raise TooLargeError("The parameter {name} is {value}, this server's limit is {maximum}",
-                                name=name, value=text, maximum=maximum)
+            raise TooLargeError(
+                "The parameter {name} is {value}, this server's limit is {maximum}",
+                name=name,
+                value=text,
+                maximum=maximum,
+            )
         return int(text)
 
     def extents(self) -> list[Extent]:
@@ -325,11 +335,12 @@ def encode_info(info: FileInfo, methods: Iterable[str] = (), writable: bool = Tr
     """The members of the answer to ``/info`` (the problem for a missing file has only the last of them)."""
     document: dict[str, Any] = {}
     if info.exists:
-        document.update(
-            size=info.size, mtime_ns=info.mtime_ns, file_id=info.file_id, resizable=info.resizable
-        )
+        document.update(size=info.size, mtime_ns=info.mtime_ns, file_id=info.file_id, resizable=info.resizable)
     document["server"] = {
-        "version": __version__, "features": sorted(FEATURES), "methods": sorted(methods), "writable": writable
+        "version": __version__,
+        "features": sorted(FEATURES),
+        "methods": sorted(methods),
+        "writable": writable,
     }
     return document
 

@@ -59,7 +59,9 @@ class Report:
         verb = "differ" if self.dry_run else "differed"
         text = f"{result.blocks_changed} of {pluralize(result.blocks_compared, 'block')} {verb}"
         if not self.plan.delta:
-            text = f"{pluralize(result.blocks_compared, 'block')} to copy" if self.dry_run else "The whole file was copied"
+            text = (
+                f"{pluralize(result.blocks_compared, 'block')} to copy" if self.dry_run else "The whole file was copied"
+            )
         else:
             text += f" ({self.similarity:.2%} similar)"
         if not self.dry_run:

@@ -1,13 +1,14 @@
 """
 Who may talk to the server, and how is that kept from others?
 
-Tokens and TLS (:mod:`.confinement` keeps paths inside a directory). Security fails closed: half a configuration, an empty token or a
-file that others can read is an error, never a reason to go on without.
+Tokens and TLS (:mod:`.confinement` keeps paths inside a directory). Security fails closed: half a configuration, an
+empty token or a file that others can read is an error, never a reason to go on without.
 """
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import ssl
 import stat
@@ -58,6 +59,14 @@ def check_token(expected: str, header: str) -> bool:
     scheme, _, token = header.partition(" ")
     given = token.strip().encode("utf-8", "surrogateescape")
     return hmac.compare_digest(given, expected.encode("ascii")) and scheme.lower() == "bearer"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to (or received at) a host stays on this machine. An empty host means all addresses."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_certificate(certfile: str, keyfile: str) -> None:

@@ -23,6 +23,8 @@ from werkzeug.wsgi import wrap_file
 
 from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy import protocol as wire
+from pdiffcopy.body import read_body
+from pdiffcopy.confinement import Root
 from pdiffcopy.exceptions import (
     AuthenticationError,
     FileMissingError,
@@ -36,8 +38,7 @@ from pdiffcopy.exceptions import (
 from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
 from pdiffcopy.operations import CHUNK_SIZE, MACHINE, LocalFile, resize_file, sync_file
 from pdiffcopy.protocol import Extent, Parameters
-from pdiffcopy.confinement import Root
-from pdiffcopy.security import check_certificate, check_token, load_token
+from pdiffcopy.security import check_certificate, check_token, is_loopback, load_token
 
 SYNC_HEARTBEAT = 5.0
 """How often a client that waits for a flush hears that it isn't done yet, in seconds."""
@@ -152,7 +153,7 @@ class _Views:
             raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
         digest = request.headers.get(wire.DIGEST_HEADER, "")
         with self.open(write=True) as file:
-            file.write(extents, _read_body(length), digest and wire.check_digest(digest))
+            file.write(extents, read_body(request.environ, length), digest and wire.check_digest(digest))
         return {"verified": bool(digest)}
 
     def resize(self) -> Any:
@@ -232,19 +233,6 @@ def _get_executor(pid: int) -> tuple[ThreadPoolExecutor, int]:
     return ThreadPoolExecutor(threads, "hash"), threads
 
 
-def _read_body(length: int) -> Iterator[bytes]:
-    stream = request.environ["wsgi.input"]
-    while length:
-        try:
-            chunk = stream.read(min(length, CHUNK_SIZE))
-        except BlockingIOError:
-            chunk = b""
-        if not chunk:
-            raise RequestError("The body ended early")
-        length -= len(chunk)
-        yield chunk
-
-
 def _problem(status: int, detail: str, members: dict[str, Any] | None = None) -> Response:
     title = HTTPStatus(status).phrase
     return Response(wire.encode_problem(status, title, detail, members), status, mimetype=wire.PROBLEM_TYPE)
@@ -272,8 +260,13 @@ app = create_app(Settings(token=load_token()))
 that ``$PDIFFCOPY_TOKEN`` holds, if it's set."""
 
 
-def start_server(address: str = "", concurrency: int = DEFAULT_CONCURRENCY, settings: Settings | None = None,
-                 certfile: str = "", keyfile: str = "") -> None:
+def start_server(
+    address: str = "",
+    concurrency: int = DEFAULT_CONCURRENCY,
+    settings: Settings | None = None,
+    certfile: str = "",
+    keyfile: str = "",
+) -> None:
     """
     Serve until SIGTERM or SIGINT arrives.
 
@@ -285,6 +278,21 @@ def start_server(address: str = "", concurrency: int = DEFAULT_CONCURRENCY, sett
     """
     from pdiffcopy.daemon import Daemon
 
+    host, port = wire.parse_listen(address or str(DEFAULT_PORT))
     check_certificate(certfile, keyfile)
-    application = create_app(settings) if settings else app
-    Daemon(application, wire.parse_listen(address or str(DEFAULT_PORT)), concurrency, certfile, keyfile).run()
+    settings = settings or Settings(token=load_token())
+    if warning := describe_exposure(settings, host):
+        logger.warning("%s", warning)
+    Daemon(create_app(settings), (host, port), concurrency, certfile, keyfile).run()
+
+
+def describe_exposure(settings: Settings, host: str) -> str:
+    """What an operator should know who lets strangers in (an empty string: only this machine, or a token is asked)."""
+    if settings.token or is_loopback(host):
+        return ""
+    verb = "read" if settings.read_only else "read and write"
+    where = f"below {settings.root}" if settings.root else "of this machine that this user can"
+    return (
+        f"This server is open: whoever can reach it may {verb} all files {where}. "
+        "Use --token-file, --root and --read-only to close it."
+    )
