@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support import start_server
+from tests.support import start_old_peer, start_server
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,18 @@ def launch(tmp_path_factory):
     yield launch
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def launch_old(tmp_path_factory):
+    """A function that starts stand-ins for a server of version 1.0.1, which end with the test."""
+    peers = []
+    folder = tmp_path_factory.mktemp("old-peers")
+
+    def launch_old(*options):
+        peers.append(start_old_peer(folder, *options))
+        return peers[-1]
+
+    yield launch_old
+    for peer in peers:
+        peer.stop()

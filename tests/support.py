@@ -128,3 +128,40 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def write_pattern(path: Path, size: int, seed: int = 1) -> bytes:
+    """Fill a file with known octets, and return them."""
+    data = make_data(size, seed)
+    path.write_bytes(data)
+    return data
+
+
+def snapshot(path: Path) -> tuple:
+    """What tells whether a file was touched: contents, modification time and identity (empty when it's missing)."""
+    if not path.exists():
+        return ()
+    status = path.stat()
+    return path.read_bytes(), status.st_mtime_ns, status.st_ino
+
+
+def start_old_peer(folder: Path, *options: str) -> Server:
+    """Start the stand-in for a server of version 1.0.1 (see :mod:`tests.old_peer`) in a process of its own."""
+    port = find_free_port()
+    log = folder / f"old-peer-{port}.log"
+    command = [sys.executable, "-m", "tests.old_peer", str(port), *options]
+    with log.open("ab") as handle:
+        process = subprocess.Popen(command, stdout=handle, stderr=handle, cwd=Path(__file__).parents[1])
+    wait_for(lambda: can_connect(port) or process.poll() is not None, what="the old peer")
+    assert process.poll() is None, log.read_text()
+    return Server(process, port, log)
+
+
+def exchange(port: int, request: bytes, timeout: float = 20) -> bytes:
+    """Send octets to a server on loopback, and return all that it answers until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        sock.sendall(request)
+        answer = b""
+        while chunk := sock.recv(65536):
+            answer += chunk
+    return answer
