@@ -60,7 +60,8 @@ class OldHandler(BaseHTTPRequestHandler):
         int(parameters["concurrency"])
         with open(parameters["filename"], "rb") as handle:
             blocks = list(iter(lambda: handle.read(block_size), b""))
-        lines = [f"{i * block_size}\t{hashlib.new(parameters['method'], b).hexdigest()}\n" for i, b in enumerate(blocks)]
+        digests = [hashlib.new(parameters["method"], block).hexdigest() for block in blocks]
+        lines = [f"{index * block_size}\t{digest}\n" for index, digest in enumerate(digests)]
         random.Random(len(lines)).shuffle(lines)
         # The length of the stream isn't known in advance: the end of the connection is its end.
         self.send_response(200)
