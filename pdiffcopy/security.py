@@ -16,6 +16,8 @@ import stat
 from pdiffcopy.exceptions import FileError, UsageError
 
 TOKEN_VARIABLE = "PDIFFCOPY_TOKEN"
+CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
+"""Where systemd puts the credentials of a service, systemd.exec(5)."""
 
 _MAX_TOKEN = 4096
 
@@ -47,7 +49,11 @@ def _read_secret(filename: str) -> str:
             mode = os.fstat(handle.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise UsageError("The token file {filename} isn't a regular file", filename=filename)
-            if mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IRGRP | stat.S_IWGRP):
+            exposed = mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IRGRP | stat.S_IWGRP)
+            if os.path.dirname(filename) == os.environ.get(CREDENTIALS_VARIABLE):
+                # Systemd grants the user of a service access by an ACL, the mask of which looks like group bits.
+                exposed &= ~stat.S_IRGRP
+            if exposed:
                 raise UsageError("Others can read or write the token file {filename}: run chmod 600", filename=filename)
             return handle.read(_MAX_TOKEN + 1)
     except OSError as e:
