@@ -33,6 +33,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ from property_manager import PropertyManager, lazy_property, mutable_property, r
 from pdiffcopy.exceptions import WorkerError
 
 _TERMINATION_TIMEOUT = 1.0
-"""How long a terminated process has before it is killed, in seconds."""
+"""How long terminated processes have before they are killed, in seconds."""
 
 _lifelines: dict[int, tuple[Connection, Connection]] = {}
 
@@ -132,6 +133,7 @@ class Promise(multiprocessing.Process):
         :raises: What the target function raised, and :exc:`.WorkerError` when the process died.
         """
         if multiprocessing.util.is_exiting():  # type: ignore[attr-defined]  # nobody is left to take the outcome
+            self.terminate()
             return super().join(timeout)
         if not self._receiver.closed and not self._receiver.poll(timeout):
             return None
@@ -275,8 +277,9 @@ class WorkerPool(PropertyManager):
         """Terminate any child processes that are still alive."""
         for process in self._started:
             process.terminate()
+        deadline = time.monotonic() + _TERMINATION_TIMEOUT
         for process in self._started:
-            multiprocessing.Process.join(process, _TERMINATION_TIMEOUT)
+            multiprocessing.Process.join(process, max(0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 multiprocessing.Process.join(process)
