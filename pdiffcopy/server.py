@@ -129,7 +129,7 @@ class _Views:
         headers = {"Content-Length": str(sum(extent.size for extent in extents))}
         if parameters.integer("digest", 0, 1, default=0):
             headers[wire.DIGEST_HEADER] = file.digest(extents)
-        if len(extents) == 1 and not file.is_device and request.scheme == "http":
+        if len(extents) == 1 and extents[0].size and not file.is_device and request.scheme == "http":
             # Gunicorn knows this wrapper and calls sendfile(2) for it.
             body: Any = wrap_file(request.environ, _Slice(file, extents[0]), CHUNK_SIZE)  # type: ignore[arg-type]
         else:

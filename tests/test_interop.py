@@ -68,7 +68,8 @@ def test_dry_run_against_old_server(launch_old, tmp_path):
     data = write_pattern(tmp_path / "source", 7 * BLOCK + 123)
     _write_older_copy(tmp_path / "target", data)
     before = snapshot(tmp_path / "target")
-    client = Client(source=str(tmp_path / "source"), target=launch_old().location(tmp_path / "target"), block_size=BLOCK)
+    target = launch_old().location(tmp_path / "target")
+    client = Client(source=tmp_path / "source", target=target, block_size=BLOCK)
     assert client.find_changes() == [0, 3 * BLOCK, 7 * BLOCK]
     client.dry_run = True
     assert client.synchronize_once() == 3
