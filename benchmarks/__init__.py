@@ -1,0 +1,23 @@
+"""
+How fast is pdiffcopy, next to rsync and next to what the machine can do?
+
+Run it with ``make benchmark`` or ``python -m benchmarks`` (``--help`` explains). It needs Linux, and rsync for the
+comparison. From the top down:
+
+:mod:`.__main__`
+    options in; tables, JSON and SVG out
+:mod:`.groups`
+    what is measured: each group is a list of cases and how each of them is prepared
+:mod:`.verdicts`
+    which ratios of medians are promised, and which of them hold
+:mod:`.bench`
+    the one way to measure a case: prepare, start, wait, check
+:mod:`.contenders`
+    the command lines that compete
+:mod:`.files`, :mod:`.servers`, :mod:`.links`, :mod:`.processes`
+    files to compare, servers to ask, wires between them, and what processes use up
+:mod:`.limits`, :mod:`.relay`
+    programs of their own: the work done as barely as possible, and a wire that delays and counts
+:mod:`.table`, :mod:`.svg`
+    how the numbers are shown
+"""

@@ -1,0 +1,157 @@
+"""Which files are compared? A source with random contents, and a target that is damaged before each run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+BLOCK_SIZE = 1024 * 1024
+CORES = len(os.sched_getaffinity(0))
+SCATTERED, PREFIX, MISSING = "scattered", "prefix", "missing"
+_JUNK_SIZE = 16 * BLOCK_SIZE
+
+
+class Pair:
+    """A source and its target, of one size (in bytes)."""
+
+    def __init__(self, folder: Path, name: str, size: int):
+        """
+        Make the files.
+
+        :param folder: Where to put them.
+        :param name: What their names begin with.
+        """
+        self.size = size
+        self.source = folder / f"{name}-source.bin"
+        self.target = folder / f"{name}-target.bin"
+        generator = random.Random(size)
+        self._junk = generator.randbytes(_JUNK_SIZE)
+        with self.source.open("wb") as file:
+            for offset in range(0, size, BLOCK_SIZE):
+                file.write(generator.randbytes(min(BLOCK_SIZE, size - offset)))
+        _sync(self.source)
+
+    def choose(self, layout: str, percent: float) -> list[tuple[int, int]]:
+        """
+        Which part of the target gets damaged.
+
+        :returns: A list of extents in the order of the file, each an offset and a size in bytes.
+        """
+        if layout == MISSING:
+            return [(0, self.size)]
+        count = -(-self.size // BLOCK_SIZE)
+        chosen = round(count * percent / 100)
+        if layout == PREFIX:
+            return [(0, min(chosen * BLOCK_SIZE, self.size))] if chosen else []
+        blocks = sorted(random.Random(count).sample(range(count), chosen))
+        return [(block * BLOCK_SIZE, min(BLOCK_SIZE, self.size - block * BLOCK_SIZE)) for block in blocks]
+
+    def prepare(self, layout: str, percent: float) -> int:
+        """
+        Damage a target that equals the source (or take it away), and put both into the page cache.
+
+        The target is flushed, so that the run after this isn't disturbed by what it costs to write the damage.
+
+        :returns: How many bytes differ.
+        """
+        extents = self.choose(layout, percent)
+        if layout == MISSING:
+            self.target.unlink(missing_ok=True)
+        else:
+            self._restore()
+            with self.target.open("r+b", buffering=0) as file:
+                for offset, size in extents:
+                    for position in range(offset, offset + size, BLOCK_SIZE):
+                        file.seek(position)
+                        length = min(BLOCK_SIZE, offset + size - position)
+                        file.write(bytes(length) if layout == PREFIX else self._get_junk(position, length))
+            _sync(self.target)
+        self.warm()
+        return sum(size for _, size in extents)
+
+    def warm(self) -> None:
+        """Read both files, so that they're in the page cache."""
+        files = [path for path in (self.source, self.target) if path.exists()]
+        with ThreadPoolExecutor(CORES) as executor:
+            for path in files:
+                list(executor.map(lambda start, path=path: _read_through(path, start), range(CORES)))
+
+    def remove(self) -> None:
+        """Remove the files."""
+        self.source.unlink()
+        self.target.unlink(missing_ok=True)
+
+    def is_equal(self) -> bool:
+        """Whether the target equals the source."""
+        if not self.target.exists() or self.target.stat().st_size != self.size:
+            return False
+        with ThreadPoolExecutor(CORES) as executor:
+            return all(executor.map(self._is_equal, range(CORES)))
+
+    def _is_equal(self, start: int) -> bool:
+        both = zip(_read(self.source, start), _read(self.target, start), strict=True)
+        return all(left == right for left, right in both)
+
+    def _restore(self) -> None:
+        # After a run the target equals the source. It's only missing before the first one.
+        if not self.target.exists() or self.target.stat().st_size != self.size:
+            shutil.copyfile(self.source, self.target)
+
+    def _get_junk(self, offset: int, size: int) -> bytes:
+        start = offset // BLOCK_SIZE * 4099 % (_JUNK_SIZE - BLOCK_SIZE)
+        return self._junk[start : start + size]
+
+
+class SparsePair(Pair):
+    """
+    Two files that consist of holes, but for some blocks of the source: large without taking room on the disk.
+
+    Only the layout :data:`SCATTERED` makes sense for it.
+    """
+
+    def __init__(self, folder: Path, name: str, size: int, percent: float):
+        """
+        Make the files.
+
+        :param percent: How much of the source has contents.
+        """
+        self.size = size
+        self.source = folder / f"{name}-source.bin"
+        self.target = folder / f"{name}-target.bin"
+        self.target.touch()
+        self._junk = random.Random(size).randbytes(_JUNK_SIZE)
+        with self.source.open("wb") as file:
+            for offset, length in self.choose(SCATTERED, percent):
+                file.seek(offset)
+                file.write(self._get_junk(offset, length))
+            file.truncate(size)
+
+    def prepare(self, layout: str, percent: float) -> int:
+        """Make the target one large hole (the page cache may be too small for these files: they aren't read)."""
+        os.truncate(self.target, 0)
+        os.truncate(self.target, self.size)
+        _sync(self.source)
+        return sum(size for _, size in self.choose(layout, percent))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, start: int) -> Iterator[bytearray]:
+    """Read the part of a file that thread number `start` is responsible for (the buffer is used again)."""
+    buffer = bytearray(BLOCK_SIZE)
+    with path.open("rb", buffering=0) as file:
+        for offset in range(start * BLOCK_SIZE, os.fstat(file.fileno()).st_size, CORES * BLOCK_SIZE):
+            count = os.preadv(file.fileno(), [buffer], offset)
+            yield buffer if count == len(buffer) else buffer[:count]
+
+
+def _read_through(path: Path, start: int) -> None:
+    for _ in _read(path, start):
+        pass

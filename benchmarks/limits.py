@@ -1,0 +1,159 @@
+"""
+What would a program need that does nothing but the work?
+
+Usage: ``python -m benchmarks.limits SOURCE TARGET`` with the plan as one JSON object on standard input: ``hash`` (a
+hash method, or empty to hash nothing), ``extents`` (what to move, a list of ``[offset, size]``) and ``verify`` (a hash
+method for what was moved, or empty). One after the other, each on all cores:
+
+1. both files are read and hashed in blocks of 1 MiB (the digests aren't compared with anything),
+2. the extents are moved by ``sendfile``, ``recv_into`` and ``pwrite`` over as many connections on loopback as there
+   are cores,
+3. the extents are read from the target and hashed once more.
+
+How long each step took is printed as JSON. Whoever measures the whole process can so subtract what isn't part of
+the limit in question. There is no protocol, no comparison and no error handling here: this isn't a program to use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+BLOCK_SIZE = 1024 * 1024
+CHUNK_SIZE = 256 * 1024
+"""How much is read or received at a time: what was read is still in the cache of the core when it's hashed."""
+PIECE_SIZE = 4 * 1024 * 1024
+"""How much a process takes on at a time."""
+CORES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    """Do the work that standard input asks for."""
+    source, target = (os.open(name, os.O_RDWR | os.O_CREAT) for name in sys.argv[1:])
+    plan = json.load(sys.stdin)
+    size, extents = os.fstat(source).st_size, plan["extents"]
+    if os.fstat(target).st_size != size:
+        os.ftruncate(target, size)
+    whole = list(_cut([(0, size)]))
+    times = {
+        "hash": _measure(lambda: _hash([(fd, *piece) for fd in (source, target) for piece in whole], plan["hash"])),
+        "move": _measure(lambda: _move(source, target, list(_cut(extents)))),
+        "verify": _measure(lambda: _hash([(target, *piece) for piece in _cut(extents)], plan["verify"])),
+    }
+    print(json.dumps(times))
+
+
+def get_hasher(method: str) -> Callable[[], Any]:
+    """The bare class of a hash method: imported only if it's asked for, like a program would."""
+    if method == "xxh128":
+        from xxhash import xxh3_128
+
+        return xxh3_128
+    if method == "blake3":
+        from blake3 import blake3
+
+        return blake3
+    return getattr(hashlib, method)
+
+
+def _measure(step: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _cut(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Cut extents into pieces that many processes can share evenly."""
+    for offset, size in extents:
+        for position in range(offset, offset + size, PIECE_SIZE):
+            yield position, min(PIECE_SIZE, offset + size - position)
+
+
+def _hash(pieces: list[tuple[int, int, int]], method: str) -> None:
+    """Hash pieces of files, each a descriptor, an offset and a size."""
+    if not (pieces and method):
+        return
+    new_hasher = get_hasher(method)
+    # The processes share a pipe that holds the numbers of the pieces: whoever is done takes the next one.
+    tickets, writer = os.pipe()
+
+    def work() -> None:
+        os.close(writer)
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        while ticket := os.read(tickets, 4):
+            fd, offset, size = pieces[struct.unpack("I", ticket)[0]]
+            for block in range(offset, offset + size, BLOCK_SIZE):
+                hasher = new_hasher()
+                for position in range(block, min(block + BLOCK_SIZE, offset + size), CHUNK_SIZE):
+                    hasher.update(buffer[: os.preadv(fd, [buffer], position)])
+                hasher.digest()
+
+    children = [_fork(work) for _ in range(CORES)]
+    for number in range(len(pieces)):
+        os.write(writer, struct.pack("I", number))
+    os.close(writer)
+    os.close(tickets)
+    _join(children)
+
+
+def _move(source: int, target: int, pieces: list[tuple[int, int]]) -> None:
+    """Copy pieces from one file to the other over loopback."""
+    children = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    for number in range(min(CORES, len(pieces))):
+        share = pieces[number::CORES]
+        sender = socket.create_connection(listener.getsockname())
+        receiver, _ = listener.accept()
+        children.append(_fork(partial(_send, sender, source, share)))
+        children.append(_fork(partial(_receive, receiver, target, share)))
+        sender.close()
+        receiver.close()
+    _join(children)
+
+
+def _send(sock: socket.socket, fd: int, pieces: list[tuple[int, int]]) -> None:
+    for offset, size in pieces:
+        end = offset + size
+        while offset < end:
+            offset += os.sendfile(sock.fileno(), fd, offset, end - offset)
+
+
+def _receive(sock: socket.socket, fd: int, pieces: list[tuple[int, int]]) -> None:
+    buffer = memoryview(bytearray(CHUNK_SIZE))
+    for offset, size in pieces:
+        end = offset + size
+        while offset < end:
+            count = sock.recv_into(buffer[: end - offset])
+            if not count:
+                raise EOFError("the sender failed")
+            offset += os.pwrite(fd, buffer[:count], offset)
+
+
+def _fork(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _join(children: list[int]) -> None:
+    for pid in children:
+        if os.waitpid(pid, 0)[1]:
+            sys.exit("a process failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What do processes use up? Read from ``/proc`` (see proc(5)), because servers don't end when a run does."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def get_tree(pid: int) -> list[int]:
+    """A process and all its descendants that are there at the moment."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        if fields := _read_stat(int(path.name)):
+            parents[int(path.name)] = int(fields[1])
+    tree = [pid] if pid in parents else []
+    for ancestor in tree:
+        tree += [child for child, parent in parents.items() if parent == ancestor]
+    return tree
+
+
+def get_cpu_seconds(pid: int) -> float:
+    """The processor time, user and system, of a process, its descendants, and those of them that have ended."""
+    total = 0.0
+    for member in get_tree(pid):
+        if fields := _read_stat(member):
+            total += sum(map(int, fields[11:15])) * TICK
+    return total
+
+
+def get_peak_memory(pid: int) -> int:
+    """The largest resident size that a process has had, in bytes (0 when it's gone)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def reset_peak_memory(pid: int) -> None:
+    """Begin anew with the peak memory of a process and its descendants."""
+    for member in get_tree(pid):
+        try:
+            Path(f"/proc/{member}/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+
+def is_listening(pid: int, port: int) -> bool:
+    """Whether somebody listens on a TCP port in the network that a process lives in (nothing is connected to)."""
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                return True
+    return False
+
+
+def wait_for(condition: Callable[[], bool], timeout: float, what: str) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout:g} seconds for {what}")
+        time.sleep(0.01)
+
+
+class MemorySampler:
+    """
+    Watches several trees of processes, and remembers the peak of each process that it has seen (a context manager).
+
+    The peak of a tree is the sum of the peaks of its processes. That's more than it ever occupies, since they share
+    pages and don't peak together, but for the comparison it's the same for all.
+    """
+
+    def __init__(self, pids: Mapping[str, Iterable[int]], interval: float):
+        """
+        Initialize a sampler.
+
+        :param pids: The roots of the trees, by a name for each group of them.
+        :param interval: How often to look, in seconds. A process is missed if it lives shorter than that.
+        """
+        self.pids = pids
+        self.interval = interval
+        self.peaks: dict[str, dict[int, int]] = {name: {} for name in pids}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> MemorySampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def get_peak(self, name: str) -> int:
+        """The peak memory of a group of trees, in bytes."""
+        return sum(self.peaks[name].values())
+
+    def _work(self) -> None:
+        # The first look comes late enough to find the processes that a client starts at once.
+        while not self._stop.wait(self.interval):
+            for name in self.pids:
+                self.look(name)
+
+    def look(self, name: str) -> None:
+        """Note the peaks of all processes of a group that are there."""
+        for root in self.pids[name]:
+            for pid in get_tree(root):
+                self.peaks[name][pid] = max(get_peak_memory(pid), self.peaks[name].get(pid, 0))
+
+
+def _read_stat(pid: int) -> list[str]:
+    """The fields of ``/proc/PID/stat`` after the name of the program: state, parent, ... (empty when it's gone)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

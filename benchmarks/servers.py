@@ -1,0 +1,196 @@
+"""Which servers are asked? Each is a process on loopback (or behind a :class:`.Link`) that ends with its context."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import get_cpu_seconds, get_tree, is_listening, reset_peak_memory, wait_for
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+LOOPBACK = "127.0.0.1"
+STARTUP_TIMEOUT = 30
+END_TIMEOUT = 20
+
+
+class Server:
+    """A server process (a context manager)."""
+
+    def __init__(self, folder: Path, address: str = LOOPBACK, prefix: Sequence[str] = ()):
+        """
+        Initialize a server.
+
+        :param folder: The folder with the files, where its log goes as well.
+        :param address: Where to listen.
+        :param prefix: What to start the command with.
+        """
+        self.folder = folder
+        self.address = address
+        self.prefix = prefix
+        self.port = find_free_port()
+        self.output = folder / f"server-{self.port}.log"
+
+    def get_command(self) -> list[str]:
+        """The command line of the server."""
+        raise NotImplementedError
+
+    def get_location(self, path: Path) -> str:
+        """How clients name a file."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        with self.output.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*self.prefix, *self.get_command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+            )  # fmt: skip
+        try:
+            wait_for(self._is_up, STARTUP_TIMEOUT, f"a server: {' '.join(self.get_command())}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        tree = get_tree(self.process.pid)
+        self.stop()
+        try:
+            self.process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            for pid in tree:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+
+    def stop(self) -> None:
+        """Ask the server to end."""
+        self.process.terminate()
+
+    def _is_up(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"a server ended: {self.output.read_text().strip()}")
+        return is_listening(self.process.pid, self.port)
+
+    @property
+    def pid(self) -> int:
+        """The process that all others of the server descend from."""
+        return self.process.pid
+
+    def settle(self) -> None:
+        """Wait until what a client left behind is done (by default there's nothing)."""
+
+    def get_cpu_seconds(self) -> float:
+        """The processor time that the server has used so far."""
+        return get_cpu_seconds(self.pid)
+
+    def reset_peak_memory(self) -> None:
+        """Begin anew with its peak memory."""
+        reset_peak_memory(self.pid)
+
+
+class PdiffcopyServer(Server):
+    """``pdiffcopy --listen``."""
+
+    def get_command(self) -> list[str]:
+        """See :meth:`Server.get_command`."""
+        return [sys.executable, "-m", "pdiffcopy", "--listen", f"{self.address}:{self.port}"]
+
+    def get_location(self, path: Path) -> str:
+        """See :meth:`Server.get_location`."""
+        return f"{self.address}:{self.port}{path}"
+
+
+class TracedServer(PdiffcopyServer):
+    """``pdiffcopy --listen`` under strace, which counts the system calls of all of its processes."""
+
+    def __init__(self, folder: Path, summary: Path):
+        """:param summary: The file that strace writes in the end."""
+        super().__init__(folder, prefix=["strace", "-f", "-c", "-o", str(summary)])
+
+    def stop(self) -> None:
+        """Ask the server itself: strace, which ends with it, ignores what it's asked."""
+        for pid in get_tree(self.process.pid)[1:2]:
+            os.kill(pid, signal.SIGTERM)
+
+
+class RsyncDaemon(Server):
+    """``rsync --daemon``."""
+
+    def get_command(self) -> list[str]:
+        """See :meth:`Server.get_command`."""
+        config = self.folder / f"rsyncd-{self.port}.conf"
+        lines = ["use chroot = no", "reverse lookup = no", "[files]", f"path = {self.folder}", "read only = no"]
+        if not os.geteuid():
+            lines += [f"uid = {getpass.getuser()}", "gid = *"]
+        config.write_text("\n".join(lines) + "\n")
+        return ["rsync", "--daemon", "--no-detach", f"--address={self.address}", f"--port={self.port}",
+                f"--config={config}"]  # fmt: skip
+
+    def get_location(self, path: Path) -> str:
+        """See :meth:`Server.get_location`."""
+        return f"rsync://{self.address}:{self.port}/files/{path.relative_to(self.folder)}"
+
+    def settle(self) -> None:
+        """The daemon has a process for each connection: its time counts once it has ended."""
+        wait_for(lambda: len(get_tree(self.pid)) <= 1, END_TIMEOUT, "the rsync daemon")
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether rsync is installed."""
+        return bool(shutil.which("rsync"))
+
+
+class RelayServer(Server):
+    """A wire to another server that delays and counts, see :mod:`.relay`."""
+
+    def __init__(self, server: Server, delay: float = 0):
+        """
+        Initialize a relay.
+
+        :param server: Where it passes connections on to.
+        :param delay: How long each octet is on its way, in seconds.
+        """
+        super().__init__(server.folder)
+        self.server = server
+        self.delay = delay
+
+    def get_command(self) -> list[str]:
+        """See :meth:`Server.get_command`."""
+        return [sys.executable, "-m", "benchmarks.relay", str(self.port), str(self.server.port), str(self.delay)]
+
+    def get_location(self, path: Path) -> str:
+        """See :meth:`Server.get_location`."""
+        server, relay = (f"{LOOPBACK}:{port}" for port in (self.server.port, self.port))
+        return self.server.get_location(path).replace(server, relay)
+
+    @property
+    def pid(self) -> int:
+        """The process of the server behind it: the relay stands for a wire, which takes neither time nor memory."""
+        return self.server.pid
+
+    def settle(self) -> None:
+        """See :meth:`Server.settle`."""
+        self.server.settle()
+
+    def get_counts(self) -> dict[str, int]:
+        """End the relay, and get what it has counted."""
+        self.__exit__()
+        return json.loads(self.output.read_text())
+
+
+def find_free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind((LOOPBACK, 0))
+        return sock.getsockname()[1]

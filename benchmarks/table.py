@@ -1,0 +1,83 @@
+"""How do the numbers look as text?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.bench import DOWNLOAD, Case, Results
+from benchmarks.contenders import LIMITS, RSYNC_DELTA, RSYNC_WHOLE
+from benchmarks.verdicts import Verdict, get_limit_seconds
+
+MEBIBYTE = 1024**2
+
+
+def format_results(results: Results) -> str:
+    """
+    A table for each group: medians, and what they are divided by those of rsync and of the limit.
+
+    ``/ limit`` refers to the limit with verification, but for contenders that don't verify.
+    """
+    groups: dict[str, list[Case]] = {}
+    for case in results.samples:
+        groups.setdefault(case.group, []).append(case)
+    header = ["work", "MiB", "contender", "n", "median s", "min", "max", "CPU s client", "server", "MiB client",
+              "server", "/ rsync delta", "/ rsync -W", "/ limit"]  # fmt: skip
+    return "\n\n".join(
+        f"{group}\n{format_table(header, [_format_case(results, case) for case in sorted(cases, key=_get_order)])}"
+        for group, cases in groups.items()
+    )
+
+
+def format_verdicts(verdicts: Sequence[Verdict]) -> str:
+    """The table of promises, and the cases of those that have several."""
+    rows = []
+    for verdict in verdicts:
+        measured = "-" if verdict.measured is None else f"{verdict.measured:.3f}"
+        rows.append([verdict.work, verdict.against, f"{verdict.limit:.2f}", measured, verdict.text])
+    lines = [format_table(["work", "against", "at most", "measured", "verdict"], rows), ""]
+    for verdict in verdicts:
+        if len(verdict.cases) > 1:
+            lines.append(f"{verdict.work} (the worst one counts):")
+            lines += [f"    {ratio:.3f}  {name}" for name, ratio in verdict.cases.items()]
+    return "\n".join(lines)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: numbers to the right, text to the left."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in columns]
+    lines = [header, ["-" * width for width in widths], *rows]
+    formats = [f"{{:{'>' if right else '<'}{width}}}" for width, right in zip(widths, numeric, strict=True)]
+    return "\n".join("  ".join(formats).format(*line).rstrip() for line in lines)
+
+
+def _format_case(results: Results, case: Case) -> list[str]:
+    samples = results.samples[case]
+    walls = [sample.wall for sample in samples]
+    memory = [results.median(case, lambda s: s.client_memory), results.median(case, lambda s: s.server_memory)]
+    row = [case.work, f"{case.size / MEBIBYTE:.0f}", case.contender.name, str(len(samples))]
+    row += [f"{number:.3f}" for number in (results.median(case) or 0, min(walls), max(walls))]
+    row += [f"{results.median(case, key) or 0:.2f}" for key in (lambda s: s.client_cpu, lambda s: s.server_cpu)]
+    row += [f"{(number or 0) / MEBIBYTE:.0f}" for number in memory]
+    row += [_format_ratio(results, case, results.median(replace(case, contender=rival)))
+            for rival in (RSYNC_DELTA, RSYNC_WHOLE)]  # fmt: skip
+    return row + [_format_ratio(results, case, _get_limit(results, case))]
+
+
+def _format_ratio(results: Results, case: Case, divisor: float | None) -> str:
+    median = results.median(case)
+    return f"{median / divisor:.2f}" if median and divisor else ""
+
+
+def _get_limit(results: Results, case: Case) -> float | None:
+    limit = LIMITS.get(case.contender)
+    if not limit:
+        return None
+    one_more = "" if "--no-verify" in case.contender.arguments else "xxh128"
+    return get_limit_seconds(results, replace(case, contender=limit, direction=DOWNLOAD), one_more)
+
+
+def _get_order(case: Case) -> tuple[object, ...]:
+    return (case.link, case.direction, case.layout, case.percent, case.size)
