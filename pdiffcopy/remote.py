@@ -16,6 +16,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
+from http.client import HTTPResponse
 from typing import Any, NoReturn
 
 import requests
@@ -35,7 +36,7 @@ from pdiffcopy.exceptions import (
     TransientError,
 )
 from pdiffcopy.locations import Network, Reading, Replica
-from pdiffcopy.operations import CHUNK_SIZE
+from pdiffcopy.operations import CHUNK_SIZE, Chunk
 from pdiffcopy.protocol import (
     BLOCKS,
     DIGEST_HEADER,
@@ -53,10 +54,12 @@ from pdiffcopy.protocol import (
     check_digest,
     decode_info,
     decode_problem,
+    decode_verified,
     format_extents,
     parse_hashes,
 )
 from pdiffcopy.retry import Patience
+from pdiffcopy.splice import Piped, receive
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 _KNOWN_STATUS = frozenset(HTTPStatus)
@@ -146,8 +149,8 @@ class RemoteReplica(Replica):
             params["digest"] = 1
         size = sum(extent.size for extent in extents)
         with self._request("GET", BLOCKS, params) as response:
-            digest = response.headers.get(DIGEST_HEADER, "") if state_digest else ""
-            yield Reading(self._exactly(size, response), digest and check_digest(digest))
+            digest = check_digest(response.headers.get(DIGEST_HEADER, "")) if state_digest else ""
+            yield Reading(self._exactly(size, response), digest)
 
     def write(self, extents: Sequence[Extent], reading: Reading) -> None:
         """See :meth:`.Replica.write`."""
@@ -156,14 +159,16 @@ class RemoteReplica(Replica):
         body = _Body(sum(extent.size for extent in extents), reading.chunks)
         headers = {DIGEST_HEADER: reading.digest} if reading.digest else {}
         with self._request("POST", BLOCKS, params, body, headers) as response:
-            response.content  # noqa: B018
+            document = _read_document(response)
+        if reading.digest and not decode_verified(document):
+            raise ProtocolError("{url}: the server didn't verify what it wrote", url=self.address)
 
     def resize(self, size: int) -> None:
         """See :meth:`.Replica.resize`."""
 
         def ask() -> None:
             with self._request("POST", RESIZE, {"size": size}) as response:
-                response.content  # noqa: B018
+                _read_document(response)
 
         self._patience().persist(ask)
 
@@ -172,7 +177,7 @@ class RemoteReplica(Replica):
 
         def ask() -> None:
             with self._request("POST", SYNC) as response:
-                last = b"".join(self._lines(response))[-_MAX_DOCUMENT:].strip()
+                last = _read_document(response).strip()
                 if last != SYNC_DONE.encode():
                     self._fail("flush", DiskFullError.http_status, decode_problem(last))
 
@@ -198,6 +203,7 @@ class RemoteReplica(Replica):
                 verb, url, data=body, headers=headers, stream=True, allow_redirects=False,
                 timeout=self.network.timeout,
             ) as response:  # fmt: skip
+                _check_head(response)
                 if response.status_code not in expect:
                     self._fail(f"{verb} {endpoint}", response.status_code, decode_problem(_read_document(response)))
                 yield response
@@ -230,14 +236,26 @@ class RemoteReplica(Replica):
         text = "{url}: can't exchange {action} with the server: {reason}"
         return kind(text, url=self.address, action=action, reason=reason or str(causes[-1]), status=0)
 
-    def _exactly(self, size: int, response: requests.Response) -> Iterator[bytes]:
+    def _exactly(self, size: int, response: requests.Response) -> Iterator[Chunk]:
         """The body of a response, which has to have a certain size."""
         length = response.headers.get("Content-Length", "")
         if length != str(size):
             text = "{url}: the server sent {length} bytes of data instead of {size}"
             raise ProtocolError(text, url=self.address, length=length[:40] or "an unknown number of", size=size)
+        original = getattr(response.raw, "_original_response", None)
+        if self.address.scheme == "http" and isinstance(original, HTTPResponse) and original.fp:
+            yield from self._splice(original, size)
+            original.close()
+            response.raw.release_conn()
+            return
         while chunk := response.raw.read(CHUNK_SIZE):
             yield chunk
+
+    def _splice(self, original: HTTPResponse, size: int) -> Iterator[Chunk]:
+        """Take what was read together with the header, then receive the rest without touching it."""
+        ahead = original.fp.peek(1)[:size]
+        yield original.fp.read(len(ahead))
+        yield from receive(original.fp.fileno(), size - len(ahead), self.network.timeout)
 
     def _lines(self, response: requests.Response) -> Iterator[bytes]:
         """The body of a response as it arrives."""
@@ -249,7 +267,7 @@ class RemoteReplica(Replica):
 class _Body:
     """A request body of known length that is read while it is sent (requests asks for the length first)."""
 
-    def __init__(self, size: int, chunks: Iterable[bytes | memoryview]):
+    def __init__(self, size: int, chunks: Iterable[Chunk]):
         self.size = size
         self.chunks = chunks
 
@@ -257,7 +275,7 @@ class _Body:
         return self.size
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
-        return iter(self.chunks)
+        return (bytes(chunk) if isinstance(chunk, Piped) else chunk for chunk in self.chunks)
 
 
 def _place(extents: Sequence[Extent]) -> dict[str, Any]:
@@ -267,8 +285,18 @@ def _place(extents: Sequence[Extent]) -> dict[str, Any]:
     return {"extents": format_extents(extents)}
 
 
+def _check_head(response: requests.Response) -> None:
+    """A head that breaks off looks like a complete one to http.client, but it doesn't tell where the body ends."""
+    ends = {"content-length", "transfer-encoding"} & {name.lower() for name in response.headers}
+    if not ends and response.raw.version == 11 and response.headers.get("Connection", "").lower() != "close":
+        raise TransientError("{url}: the server's answer broke off", url=response.url.partition("?")[0], status=0)
+
+
 def _read_document(response: requests.Response) -> bytes:
-    document = response.raw.read(_MAX_DOCUMENT + 1)
+    document = b""
+    # A read that comes up short says nothing: only the one after it raises an error when the body isn't complete.
+    while len(document) <= _MAX_DOCUMENT and (chunk := response.raw.read(_MAX_DOCUMENT + 1 - len(document))):
+        document += chunk
     if len(document) > _MAX_DOCUMENT:
         raise ProtocolError("The server sent a document of more than {limit} bytes", limit=_MAX_DOCUMENT)
     return document
