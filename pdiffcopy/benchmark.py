@@ -2,8 +2,8 @@
 How fast is a delta transfer, next to rsync?
 
 The benchmark damages a part of the target, brings it into line again, and measures how long that takes; with rsync
-once more after the same damage. The damage is repeatable (the same blocks, the same octets) and spread over the whole file; each
-measurement undoes it.
+once more after the same damage. The damage is repeatable (the same blocks, the same octets) and spread over the whole
+file; each measurement undoes it.
 """
 
 from __future__ import annotations

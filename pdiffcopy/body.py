@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdiffcopy.exceptions import RequestError
-from pdiffcopy.operations import CHUNK_SIZE
+from pdiffcopy.operations import CHUNK_SIZE, Chunk
+from pdiffcopy.splice import receive
 
 
-def read_body(environ: dict[str, Any], length: int) -> Iterator[bytes | memoryview]:
+def read_body(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
     """
     Read a request body.
 
@@ -46,6 +47,7 @@ def _is_direct(environ: dict[str, Any], length: int) -> bool:
     unreader = getattr(reader, "unreader", None)
     return (
         isinstance(environ.get("gunicorn.socket"), socket.socket)
+        and not isinstance(environ["gunicorn.socket"], ssl.SSLSocket)
         and getattr(unreader, "sock", None) is environ["gunicorn.socket"]
         and getattr(reader, "length", None) == length
         and hasattr(unreader, "buf")
@@ -53,18 +55,13 @@ def _is_direct(environ: dict[str, Any], length: int) -> bool:
     )
 
 
-def _receive(environ: dict[str, Any], length: int) -> Iterator[bytes | memoryview]:
+def _receive(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
     reader, sock = environ["wsgi.input"].reader, environ["gunicorn.socket"]
     # What arrived together with the header.
     ahead = reader.unreader.read(min(length, len(reader.unreader.buf.getvalue())))
     reader.length -= len(ahead)
     yield ahead
-    buffer = memoryview(bytearray(CHUNK_SIZE))
-    flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_WAITALL
-    while reader.length:
-        count = sock.recv_into(buffer, min(reader.length, CHUNK_SIZE), flags)
-        if not count:
-            raise RequestError("The body ended early")
+    for chunk in receive(sock.fileno(), reader.length):
         # Gunicorn looks at this to find out whether the next request follows.
-        reader.length -= count
-        yield buffer[:count]
+        reader.length -= len(chunk)
+        yield chunk

@@ -146,14 +146,14 @@ def _parse_text(option: str, value: str) -> str:
 def _parse_size(option: str, value: str) -> int:
     try:
         return parse_size(value)
-    except InvalidSize:
+    except (InvalidSize, ValueError, OverflowError):  # the latter two for a number without end
         raise UsageError(
             "{option} needs a size like 65536, 64KiB or 4MiB, not {value}", option=option, value=repr(value)
         ) from None
 
 
 def _parse_number(option: str, value: str) -> int:
-    if not (value.isascii() and value.isdecimal()):
+    if not (value.isascii() and value.isdecimal() and len(value) < 20):
         raise UsageError("{option} needs a number, not {value}", option=option, value=repr(value))
     return int(value)
 
@@ -352,6 +352,7 @@ def run_server(**options: Any) -> None:
                     ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``certfile``, ``keyfile``.
     """
     try:
+        import pdiffcopy.daemon  # noqa: F401 (start_server needs it)
         from pdiffcopy.server import Settings, start_server
     except ImportError as e:
         text = "A server requirement is missing ({error}): please run pip install 'pdiffcopy[server]'"

@@ -104,7 +104,7 @@ def _raise_file_limit() -> None:
 
 
 def _when_ready(server: Any) -> None:
-    """Announce the server, and bound each wait for a client (the sockets of its connections inherit this from the listening socket)."""
+    """Announce the server, and bound each wait for a client (connections inherit this from the listening socket)."""
     for listener in server.LISTENERS:
         logger.info("Serving on %s (Control-C stops the server)", listener)
         sock = listener.sock

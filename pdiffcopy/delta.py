@@ -106,7 +106,7 @@ def compare(source: Iterable[str], target: Iterable[str], size: int, block_size:
     :param size: The size of the source (in bytes).
     :returns: A generator of all blocks of the source.
     """
-    for index, (left, right) in enumerate(zip(source, chain(target, repeat("")))):
+    for index, (left, right) in enumerate(zip(source, chain(target, repeat("")), strict=False)):
         offset = index * block_size
         yield Block(offset, block_length(offset, size, block_size), left != right, left)
 

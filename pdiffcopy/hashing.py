@@ -70,7 +70,9 @@ def hash_stripes(
     :returns: A generator of lists of neighbouring blocks, in order.
     """
     new_hasher = get_hasher(method)
-    stripe_size = max(STRIPE_SIZE // block_size, 1) * block_size
+    # A small file is cut into smaller stripes, so that there's something to do for all threads.
+    share = max(STRIPE_SIZE // 16, min(STRIPE_SIZE, (stop - start) // (4 * concurrency)))
+    stripe_size = max(share // block_size, 1) * block_size
     pending: deque[Future[list[BlockDigest]]] = deque()
     try:
         for offset in range(start, stop, stripe_size):
@@ -138,6 +140,6 @@ def _find_hasher(method: str) -> Callable[[], Any] | None:
         # A method of variable length (SHAKE) has no digest size, and one that the policy of the system forbids fails.
         if hashlib.new(method, usedforsecurity=False).digest_size:
             return partial(hashlib.new, method, usedforsecurity=False)
-    except ValueError:
+    except (ValueError, TypeError):  # the latter for a NUL byte or what isn't UTF-8
         pass
     return None

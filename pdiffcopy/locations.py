@@ -22,7 +22,7 @@ from property_manager import PropertyManager, cached_property, mutable_property
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_TIMEOUT
 from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
 from pdiffcopy.hashing import get_methods, hash_stripes
-from pdiffcopy.operations import LocalFile, get_file_info, read_block, resize_file, stat_file, sync_file
+from pdiffcopy.operations import Chunk, LocalFile, get_file_info, read_block, resize_file, stat_file, sync_file
 from pdiffcopy.protocol import FEATURES, Address, Extent, FileInfo, PeerInfo, parse_location
 
 
@@ -44,7 +44,7 @@ class Network:
 class Reading:
     """Octets on their way."""
 
-    chunks: Iterable[memoryview | bytes]
+    chunks: Iterable[Chunk]
     """The octets, each chunk valid until the next one is asked for."""
     digest: str = ""
     """The XXH128 digest that the sender states (empty when it states none)."""

@@ -21,11 +21,15 @@ import xxhash
 
 from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, FileMissingError
 from pdiffcopy.protocol import Extent, FileInfo
+from pdiffcopy.splice import Piped
 
 CHUNK_SIZE = 256 * 1024
 """How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+Chunk = bytes | memoryview | Piped
+"""Octets on their way, cut anywhere."""
 
 
 class Namespace:
@@ -241,7 +245,7 @@ class LocalFile:
         for offset, size in extents:
             for position in range(offset, offset + size, CHUNK_SIZE):
                 view = buffer[: min(CHUNK_SIZE, offset + size - position)]
-                if self.read_into(view, position) < len(view):
+                while self.read_into(view, position) < len(view):
                     self.check_size(position + len(view))
                 yield view
 
@@ -258,7 +262,7 @@ class LocalFile:
             hasher.update(chunk)
         return hasher.hexdigest()
 
-    def write(self, extents: Sequence[Extent], chunks: Iterable[bytes | memoryview], digest: str = "") -> None:
+    def write(self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "") -> None:
         """
         Write octets into extents, and check what lies there afterwards.
 
@@ -270,17 +274,21 @@ class LocalFile:
         hasher = xxhash.xxh3_128() if digest else None
         scratch = memoryview(bytearray(CHUNK_SIZE if digest else 0))
         for offset, piece in spread(extents, chunks):
+            size = len(piece)
             self._write_at(piece, offset)
             # Read back at once: the octets are still in the cache of this core.
-            for start in range(0, len(piece) if hasher else 0, CHUNK_SIZE):
-                view = scratch[: min(CHUNK_SIZE, len(piece) - start)]
+            for start in range(0, size if hasher else 0, CHUNK_SIZE):
+                view = scratch[: min(CHUNK_SIZE, size - start)]
                 hasher.update(view[: self.read_into(view, offset + start)])  # type: ignore[union-attr]
         if hasher and hasher.hexdigest() != digest:
             text = "What lies in {filename} at offset {offset} isn't what was sent"
             raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
 
-    def _write_at(self, piece: memoryview, offset: int) -> None:
+    def _write_at(self, piece: memoryview | Piped, offset: int) -> None:
         with _translating("write to", self.filename):
+            if isinstance(piece, Piped):
+                piece.move_to(self.fd, offset)
+                return
             while len(piece):
                 count = os.pwrite(self.fd, piece, offset)
                 piece, offset = piece[count:], offset + count
@@ -300,7 +308,7 @@ class LocalFile:
             os.fsync(self.fd)
 
 
-def spread(extents: Sequence[Extent], chunks: Iterable[bytes | memoryview]) -> Iterator[tuple[int, memoryview]]:
+def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple[int, memoryview | Piped]]:
     """
     Find out where octets belong.
 
@@ -312,14 +320,15 @@ def spread(extents: Sequence[Extent], chunks: Iterable[bytes | memoryview]) -> I
     remaining = list(reversed(extents))
     offset = room = 0
     for chunk in chunks:
-        view = memoryview(chunk)
-        while len(view):
+        view = chunk if isinstance(chunk, Piped) else memoryview(chunk)
+        while size := len(view):
             while not room:
                 if not remaining:
                     raise ValueError("more octets than the extents take")
                 offset, room = remaining.pop()
-            piece = view[:room]
+            size = min(size, room)
+            piece, view = view[:size], view[size:]
             yield offset, piece
-            offset, room, view = offset + len(piece), room - len(piece), view[len(piece) :]
+            offset, room = offset + size, room - size
     if room or any(extent.size for extent in remaining):
         raise ValueError("fewer octets than the extents take")

@@ -29,6 +29,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
@@ -57,7 +58,7 @@ MAX_CONCURRENCY = 1024
 MAX_LINE = 1024
 """The longest line of a hash stream in bytes: an offset and 512 hexadecimal digits are shorter."""
 
-_DIGEST = re.compile(r"[0-9a-f]{2,512}")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _HASH_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\t([0-9a-f]{2,512})")
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
 
@@ -131,7 +132,8 @@ class Address(NamedTuple):
 
 
 _SHORT_FORM = re.compile(r"(?P<host>\[[^/\[\]]*\]|[^/:\[\]]+):(?P<port>[^/:]*)(?P<filename>/.*)", re.DOTALL)
-_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|(?P<v6>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(%[A-Za-z0-9._-]+)?")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 
 def parse_location(expression: str) -> Address:
@@ -142,14 +144,15 @@ def parse_location(expression: str) -> Address:
                        ``host:/path``, ``[v6]:port/path`` (literal), or the pathname of a local file.
     :raises: :exc:`.UsageError` when it looks like something remote but can't be.
     """
+    if not expression or "\0" in expression:
+        raise UsageError("A location can't be empty or contain NUL bytes: {value}", value=repr(expression))
     if expression.startswith(("http://", "https://")):
         return _parse_url(expression)
     match = _SHORT_FORM.fullmatch(expression)
     if match and (match["port"] == "" or match["port"].isdecimal()):
         host, port = match["host"].strip("[]"), match["port"] or DEFAULT_PORT
-        return Address(match["filename"], _check_host(host, expression), _check_port(port, expression))
-    if not expression or "\0" in expression:
-        raise UsageError("A location can't be empty or contain NUL bytes: {value}", value=repr(expression))
+        filename = _check_filename(match["filename"], expression)
+        return Address(filename, _check_host(host, expression), _check_port(port, expression))
     return Address(expression)
 
 
@@ -159,7 +162,7 @@ def _parse_url(expression: str) -> Address:
         host, port = parts.hostname or "", parts.port
     except ValueError as e:
         raise UsageError("{value} isn't a valid URL: {reason}", value=expression, reason=e) from None
-    if any(character.isspace() or character == "\0" for character in expression):
+    if any(character.isspace() for character in expression):
         raise UsageError("{value} isn't a valid URL: write %20 for a space", value=expression)
     if parts.query or parts.fragment or expression.endswith(("?", "#")):
         raise UsageError(
@@ -167,21 +170,31 @@ def _parse_url(expression: str) -> Address:
         )
     if "@" in parts.netloc:
         raise UsageError("A URL can't carry a password or a user name: use --token-file")
-    filename = os.fsdecode(unquote_to_bytes(parts.path))
-    if filename in ("", "/") or "\0" in filename:
-        raise UsageError("{value} names a server but no file: add the path of the file", value=expression)
+    filename = _check_filename(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))), expression)
     port = DEFAULT_PORT if port is None else _check_port(port, expression)
     return Address(filename, _check_host(host, expression), port, parts.scheme)
 
 
+def _check_filename(filename: str, expression: str) -> str:
+    if filename in ("", "/"):
+        raise UsageError("{value} names a server but no file: add the path of the file", value=expression)
+    if "\0" in filename:
+        raise UsageError("{value} isn't valid: no file has a NUL byte in its name", value=expression)
+    return filename
+
+
 def _check_host(host: str, expression: str) -> str:
-    if not _HOST.fullmatch(host):
-        raise UsageError("{value} isn't a valid location: {host} can't be a host name", value=expression, host=host)
-    return host
+    match = _HOST.fullmatch(host)
+    try:
+        if match and (not match["v6"] or IPv6Address(match["v6"])):
+            return host
+    except ValueError:
+        pass
+    raise UsageError("{value} isn't a valid location: {host} can't be a host name", value=expression, host=host)
 
 
 def _check_port(port: int | str, expression: str) -> int:
-    if not (str(port).isascii() and str(port).isdecimal() and 0 < int(port) < 2**16):
+    if not _PORT.fullmatch(str(port)) or int(port) >= 2**16:
         raise UsageError("{value} isn't valid: a port is a number from 1 to 65535", value=expression)
     return int(port)
 
@@ -325,9 +338,9 @@ def parse_hashes(chunks: Iterable[bytes]) -> Iterator[BlockDigest]:
 
 
 def check_digest(digest: str) -> str:
-    """Refuse what can't be a digest."""
+    """Refuse what can't be the value of :data:`DIGEST_HEADER`."""
     if not _DIGEST.fullmatch(digest):
-        raise RequestError("The digest {digest} isn't hexadecimal", digest=repr(digest[:80]))
+        raise RequestError("{digest} isn't a digest of 32 hexadecimal digits", digest=repr(digest[:80]))
     return digest
 
 
@@ -378,6 +391,20 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
 
 def _strings(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)][:1000] if isinstance(value, list) else []
+
+
+def encode_verified(verified: bool) -> dict[str, Any]:
+    """The answer to ``POST /blocks``."""
+    return {"verified": verified}
+
+
+def decode_verified(text: bytes) -> bool:
+    """Whether the answer to ``POST /blocks`` says that what lies in the target was compared with a digest."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.get("verified") is True
 
 
 def encode_problem(status: int, title: str, detail: str, members: Mapping[str, Any] | None = None) -> str:

@@ -154,7 +154,7 @@ class _Views:
         digest = request.headers.get(wire.DIGEST_HEADER, "")
         with self.open(write=True) as file:
             file.write(extents, read_body(request.environ, length), digest and wire.check_digest(digest))
-        return {"verified": bool(digest)}
+        return wire.encode_verified(bool(digest))
 
     def resize(self) -> Any:
         """``POST /resize``"""
