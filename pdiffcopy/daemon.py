@@ -7,14 +7,19 @@ import resource
 import socket
 import ssl
 import struct
+import sys
+from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 from flask import Flask
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException, UnsupportedTransferCoding
+from gunicorn.workers.gthread import ThreadWorker
 
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.protocol import join_host_port
+from pdiffcopy.protocol import PROBLEM_TYPE, encode_problem, join_host_port
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +62,7 @@ class Daemon(BaseApplication):
             "ssl_context": _make_tls_context,
             "threads": THREADS,
             "when_ready": _when_ready,
-            "worker_class": "gthread",
+            "worker_class": _Worker,
             "worker_connections": CONNECTIONS,
             "workers": processes,
         }
@@ -76,8 +81,32 @@ class Daemon(BaseApplication):
         return self.application
 
 
+class _Worker(ThreadWorker):
+    """Answers what isn't HTTP with a problem, like all other errors."""
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
+        """Called by gunicorn when a request can't be parsed, and for bugs."""
+        if not isinstance(exc, ParseException):
+            super().handle_error(req, client, addr, exc)
+            return
+        status = HTTPStatus(_PARSE_ERRORS.get(type(exc), 400))
+        self.log.warning("A malformed request from %s: %s", (addr or [""])[0], exc)
+        body = encode_problem(status, status.phrase, "The request is malformed, or a part of it is too long")
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nContent-Type: {PROBLEM_TYPE}\r\n"
+        with suppress(OSError):
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode("ascii"))
+
+
+_PARSE_ERRORS = {LimitRequestLine: 414, LimitRequestHeaders: 431, UnsupportedTransferCoding: 501}
+
+
 class _Logger(glogging.Logger):
     """Leaves it to the handlers of the program how messages look."""
+
+    def exception(self, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """A client that stalls (that's what this error means here) is no reason to print a traceback."""
+        if not isinstance(sys.exc_info()[1], BlockingIOError):
+            super().exception(msg, *args, **kwargs)
 
     def setup(self, cfg: Any) -> None:
         self.error_log.propagate = True
