@@ -212,9 +212,9 @@ def parse_listen(expression: str) -> tuple[str, int]:
         host, port = expression, str(DEFAULT_PORT)
     elif ":" in host and not host.startswith("["):
         raise UsageError("{value} isn't valid: write an IPv6 address in brackets, like [::1]:8080", value=expression)
-    if host.startswith("["):
-        host = host[1:].removesuffix("]")
-    return _check_host(host, expression) if host else "", _check_port(port, expression)
+    if host or not separator:
+        host = _check_host(host[1:].removesuffix("]") if host.startswith("[") else host, expression)
+    return host, _check_port(port, expression)
 
 
 def join_host_port(host: str, port: int) -> str:

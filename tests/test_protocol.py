@@ -1,0 +1,570 @@
+"""The wire contract: locations, parameters, hash lines, file information, problems."""
+
+from __future__ import annotations
+
+import json
+import os
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from pdiffcopy import DEFAULT_PORT
+from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError, UsageError
+from pdiffcopy.protocol import (
+    FEATURES,
+    MAX_BLOCK_SIZE,
+    MAX_EXTENTS,
+    MAX_LINE,
+    MAX_OFFSET,
+    Address,
+    BlockDigest,
+    Extent,
+    FileInfo,
+    Parameters,
+    PeerInfo,
+    check_digest,
+    check_extents,
+    decode_info,
+    decode_problem,
+    encode_info,
+    encode_problem,
+    format_extents,
+    format_hashes,
+    join_host_port,
+    parse_hashes,
+    parse_listen,
+    parse_location,
+)
+
+# What a command line can carry: all characters but NUL, and octets that aren't UTF-8 as lone surrogates.
+ARGUMENTS = st.text(st.one_of(st.characters(codec="utf-8"), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)))
+
+# Locations {{{1
+
+
+@pytest.mark.parametrize(
+    "expression, filename, hostname, port, scheme",
+    [
+        ("http://host:123/a/b", "/a/b", "host", 123, "http"),
+        ("http://host/a", "/a", "host", DEFAULT_PORT, "http"),
+        ("https://host/a", "/a", "host", DEFAULT_PORT, "https"),
+        ("http://[::1]:99/a", "/a", "::1", 99, "http"),
+        ("http://10.0.0.1/a%20b%3F%23%25%2B+c", "/a b?#%++c", "10.0.0.1", DEFAULT_PORT, "http"),
+        ("http://host/%C3%A9%FF%0A", "/é\udcff\n", "host", DEFAULT_PORT, "http"),
+        ("http://host/é", "/é", "host", DEFAULT_PORT, "http"),
+        ("http://host/\udcff", "/\udcff", "host", DEFAULT_PORT, "http"),
+        ("http://host//a//b", "//a//b", "host", DEFAULT_PORT, "http"),
+        ("http://host/a:b@c", "/a:b@c", "host", DEFAULT_PORT, "http"),
+        ("host:/a", "/a", "host", DEFAULT_PORT, "http"),
+        ("host:123/a/b", "/a/b", "host", 123, "http"),
+        ("my-host.example_1.org:1/a", "/a", "my-host.example_1.org", 1, "http"),
+        ("host:65535/a%20b?c#d +\n:é\udcff", "/a%20b?c#d +\n:é\udcff", "host", 65535, "http"),
+        ("[::1]:8/a", "/a", "::1", 8, "http"),
+        ("[fe80::1%eth0]:8/a", "/a", "fe80::1%eth0", 8, "http"),
+        ("[::ffff:1.2.3.4]:/a", "/a", "::ffff:1.2.3.4", DEFAULT_PORT, "http"),
+    ],
+)
+def test_remote_locations(expression, filename, hostname, port, scheme):
+    """URLs are percent-decoded, the short form is literal."""
+    assert parse_location(expression) == Address(filename, hostname, port, scheme)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "x", "/a/b", "a/b", ".", "..", "-", "x:1.img", "x:1", "host:", "host:8080", "host:8080x/a", "host:a/b", ":/a",
+        "./host:8080/x", "/host:8080/x", "a/b:/c", "/http://host/a", "a b", " ", "a\nb", "é\udcff", "::1/a", "[::1]/a",
+        "a:b:/c", "host:-1/a", "%41", "\x1b[2J:/c",
+    ],
+)  # fmt: skip
+def test_local_locations(expression):
+    """Everything else is the name of a local file, as it is."""
+    address = parse_location(expression)
+    assert address == Address(expression)
+    assert str(address) == expression
+    assert not address.hostname
+
+
+@pytest.mark.parametrize(
+    "expression, complaint",
+    [
+        ("", "empty"),
+        ("a\0b", "NUL"),
+        ("host:/a\0b", "NUL"),
+        ("http://host/a\0", "NUL"),
+        ("http://host/%00", "NUL"),
+        ("http://host", "no file"),
+        ("http://host/", "no file"),
+        ("host:/", "no file"),
+        ("host:80/", "no file"),
+        ("http://", "no file"),
+        ("http:///a", "host name"),
+        ("https://:8080/a", "host name"),
+        ("http://a%41/b", "host name"),
+        ("a b:/c", "host name"),
+        ("ö:/c", "host name"),
+        ("[]:/a", "host name"),
+        ("[:::::]:/a", "host name"),
+        ("[::1%]:/a", "host name"),
+        ("http://[::1/a", "valid URL"),
+        ("http://host/a b", "%20"),
+        ("http://host/a\nb", "%20"),
+        ("http://host/a?b", "%3F"),
+        ("http://host/a?", "%3F"),
+        ("http://host/a#b", "%23"),
+        ("http://host/a#", "%23"),
+        ("http://host:x/a", "valid URL"),
+        ("http://host:0/a", "65535"),
+        ("http://host:65536/a", None),
+        ("host:0/a", "65535"),
+        ("host:65536/a", "65535"),
+        ("host:٣/a", "65535"),
+        ("host:" + "9" * 5000 + "/a", "65535"),
+        ("http://host:" + "9" * 5000 + "/a", None),
+        ("http://me@host/a", "password"),
+        ("http://me:secret@host/a", "password"),
+    ],
+)
+def test_impossible_locations(expression, complaint):
+    """What looks remote but can't be is refused, and the message says why (a password isn't repeated in it)."""
+    with pytest.raises(UsageError, match=complaint) as info:
+        parse_location(expression)
+    assert "secret" not in str(info.value)
+
+
+LOCATIONS = st.one_of(
+    ARGUMENTS,
+    st.builds("http://{}".format, ARGUMENTS),
+    st.builds("https://{}/{}".format, ARGUMENTS, ARGUMENTS),
+    st.builds("host:{}/{}".format, ARGUMENTS, ARGUMENTS),
+    st.builds("[{}]:{}/{}".format, st.text("0123456789abcdef:.%[]"), st.integers(), ARGUMENTS),
+    st.text("hpst:/[]@?#%0123456789 \0\n"),
+)
+
+
+@given(LOCATIONS)
+@example("http://[")
+@example("http://[v1.x]/a")
+@example("http://ab\u2100c/x")
+def test_any_location_is_parsed_or_refused(expression):
+    """Nothing but a usage error comes of nonsense, and what was understood can be spelled and understood again."""
+    try:
+        address = parse_location(expression)
+    except UsageError as e:
+        assert str(e).isprintable()
+        return
+    assert address.filename and "\0" not in address.filename
+    assert 0 < address.port < 65536
+    again = parse_location(str(address))
+    # A URL spells the name of a host in small letters.
+    assert again._replace(hostname="") == address._replace(hostname="")
+    assert again.hostname.lower() == address.hostname.lower()
+
+
+@given(ARGUMENTS.map("/".__add__), st.sampled_from(["host", "::1", "10.0.0.1"]), st.integers(1, 65535))
+def test_any_remote_name_survives_its_url(filename, hostname, port):
+    """The URL of a file is plain ASCII, and both its spelling and its query lead back to the same octets."""
+    assume(filename.strip("/") and "\0" not in filename)
+    for scheme in ("http", "https"):
+        address = Address(filename, hostname, port, scheme)
+        assert str(address).isascii()
+        assert parse_location(str(address)) == address
+        url = urlsplit(address.url("blocks", offset=7))
+        assert (url.scheme, url.hostname, url.port, url.path) == (scheme, hostname, port, "/blocks")
+        params = Parameters(url.query.encode("ascii"))
+        assert (params.filename, params.integer("offset")) == (filename, 7)
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [
+        ("8080", ("", 8080)),
+        ("1", ("", 1)),
+        ("host", ("host", DEFAULT_PORT)),
+        ("127.0.0.1", ("127.0.0.1", DEFAULT_PORT)),
+        ("127.0.0.1:99", ("127.0.0.1", 99)),
+        ("host:99", ("host", 99)),
+        ("[::1]", ("::1", DEFAULT_PORT)),
+        ("[::1]:99", ("::1", 99)),
+        ("[::]:99", ("::", 99)),
+        (":99", ("", 99)),
+    ],
+)
+def test_listen_addresses(expression, expected):
+    """PORT, HOST, HOST:PORT and [v6]:PORT."""
+    assert parse_listen(expression) == expected
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["", "0", "65536", "host:", "host:x", "host:0", "host:-1", "::1", "::1:99", "[::1", "[::1]99", "[::1]:", "[]:99",
+     "a b", "a/b:1", "host:1:2", "٣", "9" * 5000],
+)  # fmt: skip
+def test_impossible_listen_addresses(expression):
+    """Everything else is refused."""
+    with pytest.raises(UsageError):
+        parse_listen(expression)
+
+
+@given(st.text())
+def test_any_listen_address_is_parsed_or_refused(expression):
+    """Nothing but a usage error comes of nonsense."""
+    try:
+        host, port = parse_listen(expression)
+    except UsageError:
+        return
+    assert 0 < port < 65536
+    assert not host or parse_listen(join_host_port(host, port)) == (host, port)
+
+
+# Parameters {{{1
+
+
+def make_parameters(**values):
+    return Parameters(urlencode(values).encode("ascii"))
+
+
+@pytest.mark.parametrize("name", ["/a", "/a b?&#=+%\n", "/é", "/\udcff\udc80", "/" + "x" * 5000, "//a/../b"])
+def test_filename_survives(name):
+    """All names that Linux allows arrive as they are."""
+    assert make_parameters(filename=os.fsencode(name)).filename == name
+
+
+@pytest.mark.parametrize(
+    "query, complaint",
+    [
+        (b"", "filename is missing"),
+        (b"filename", "absolute"),
+        (b"filename=", "absolute"),
+        (b"filename=a/b", "absolute"),
+        (b"filename=../a", "absolute"),
+        (b"filename=/a%00b", "NUL"),
+        (b"filename=%00/a", "NUL"),
+        (b"Filename=/a", "filename is missing"),
+    ],
+)
+def test_impossible_filenames(query, complaint):
+    """A name is absolute and has no NUL byte."""
+    with pytest.raises(RequestError, match=complaint):
+        Parameters(query).filename  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "query, complaint",
+    [
+        (b"a=1&a=2", "twice"),
+        (b"filename=/a&filename=/a", "twice"),
+        (b"a=\xff", "malformed"),
+        (b"&".join(b"a%i=1" % i for i in range(1000)), "malformed"),
+    ],
+)
+def test_malformed_queries(query, complaint):
+    """A parameter comes once, escaped, and there aren't many of them."""
+    with pytest.raises(RequestError, match=complaint):
+        Parameters(query)
+
+
+@given(st.binary())
+def test_any_query_is_parsed_or_refused(query):
+    """Nothing but a request error comes of nonsense."""
+    try:
+        params = Parameters(query)
+        params.filename, params.integer("offset"), params.extents()  # noqa: B018
+    except RequestError as e:
+        assert str(e).isprintable()
+    except TooLargeError as e:
+        assert str(e).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("0", 0), ("7", 7), (str(MAX_OFFSET), MAX_OFFSET)]
+)
+def test_integers(text, expected):
+    """Plain decimal numbers from 0 to the largest offset that there is."""
+    assert make_parameters(n=text).integer("n") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "-1", "-0", "+1", " 1", "1 ", "1\n", "01", "1.0", "1e3", "0x10", "1_000", "٣", "a", "\udcff", "9" * 20,
+     "9" * 5000],
+)  # fmt: skip
+def test_impossible_integers(text):
+    """Whatever else int() would take isn't a number here."""
+    with pytest.raises(RequestError, match="parameter n must be an integer"):
+        make_parameters(n=os.fsencode(text)).integer("n")
+
+
+def test_integers_have_bounds():
+    """Too small is malformed, too large is too large; a default applies only when the parameter isn't there."""
+    params = make_parameters(n="10", empty="")
+    assert params.integer("n", 10, 10) == 10
+    assert params.integer("missing", 1, 2, default=77) == 77
+    with pytest.raises(RequestError, match="at least 11"):
+        params.integer("n", minimum=11)
+    with pytest.raises(TooLargeError, match="limit is 9"):
+        params.integer("n", maximum=9)
+    with pytest.raises(TooLargeError):
+        make_parameters(n=str(MAX_OFFSET + 1)).integer("n")
+    with pytest.raises(RequestError, match="parameter missing is missing"):
+        params.integer("missing")
+    with pytest.raises(RequestError, match="integer"):
+        params.integer("empty", default=1)
+
+
+EXTENTS = st.builds(Extent, st.integers(0, MAX_OFFSET - MAX_BLOCK_SIZE), st.integers(1, MAX_BLOCK_SIZE // MAX_EXTENTS))
+
+
+@given(st.lists(EXTENTS, min_size=1, max_size=MAX_EXTENTS))
+def test_extents_survive(extents):
+    """What one side spells is what the other one reads, also when there are as many as allowed."""
+    assert make_parameters(extents=format_extents(extents)).extents() == extents
+
+
+def test_extents_are_optional():
+    """A request without extents has none."""
+    assert make_parameters(offset=1).extents() == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "1", "1:", ":1", "1:0", "-1:1", "1:-1", "1:2,", ",1:2", "1:2:3", "1:2;3:4", "1: 2", "a:b", "1:2,x"],
+)
+def test_impossible_extents(text):
+    """Anything but pairs of numbers is refused."""
+    with pytest.raises(RequestError, match="isn't an extent"):
+        make_parameters(extents=text).extents()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"0:{MAX_BLOCK_SIZE + 1}",
+        f"0:{MAX_BLOCK_SIZE},{MAX_BLOCK_SIZE}:1",
+        f"{MAX_OFFSET}:1",
+        "9999999999999999999:1",
+        ",".join(f"{i}:1" for i in range(MAX_EXTENTS + 1)),
+    ],
+    ids=["one", "together", "beyond", "far beyond", "many"],
+)
+def test_extents_have_bounds(text):
+    """A request is neither larger than allowed nor beyond what a file can be."""
+    with pytest.raises(TooLargeError):
+        make_parameters(extents=text).extents()
+
+
+def test_extents_at_the_bounds():
+    """The limits themselves are allowed."""
+    check_extents([Extent(0, MAX_BLOCK_SIZE)])
+    check_extents([Extent(MAX_OFFSET - 1, 1)])
+
+
+# Hash lines {{{1
+
+
+DIGESTS = st.builds(BlockDigest, st.integers(0, 10**19 - 1), st.text("0123456789abcdef", min_size=2, max_size=512))
+
+
+def cut(data, positions):
+    positions = [0, *sorted(positions), len(data)]
+    return [data[i:j] for i, j in zip(positions, positions[1:], strict=False)]
+
+
+@given(st.lists(DIGESTS, max_size=8), st.lists(st.integers(0, 400), max_size=20))
+def test_hash_lines_survive_any_cut(digests, positions):
+    """What one side spells is what the other one reads, however the network cuts it."""
+    assert list(parse_hashes(cut(format_hashes(digests), positions))) == digests
+
+
+def test_hash_lines_are_frozen():
+    """The format is that of version 1.0.1."""
+    assert format_hashes([BlockDigest(0, "aa"), BlockDigest(1048576, "0f")]) == b"0\taa\n1048576\t0f\n"
+    assert list(parse_hashes([b"0\taa\r\n"])) == [(0, "aa")]
+
+
+def test_hash_lines_come_as_soon_as_they_can():
+    """A line is passed on before the next chunk is asked for."""
+
+    def chunks():
+        yield b"0\taa\n1"
+        raise AssertionError("too eager")
+
+    assert next(parse_hashes(chunks())) == (0, "aa")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\n", b"x\n", b"0\n", b"0 aa\n", b"0\taa bb\n", b"0\taa\t1\n", b"-1\taa\n", b"01\taa\n", b"0\tAA\n",
+        b"0\tgg\n", b"0\ta\n", b"0\t\n", b"\taa\n", b"0\taa\n\n", b"0\taa", b"0\taa\n10", b"<html>\n", b"\xff\n", b"0\taa\0\n",
+        b"1" * 20 + b"\taa\n", b"0\t" + b"a" * 513 + b"\n",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 1000])
+def test_impossible_hash_lines(data, size):
+    """Anything but complete lines of an offset and a digest is refused."""
+    with pytest.raises(ProtocolError) as info:
+        list(parse_hashes(cut(data, range(size, len(data), size))))
+    assert str(info.value).isprintable()
+
+
+def test_endless_hash_line_is_not_followed():
+    """A line that doesn't end can't fill the memory."""
+
+    def chunks():
+        for _ in range(MAX_LINE // 100 + 1):
+            yield b"a" * 100
+        raise AssertionError("too patient")
+
+    with pytest.raises(ProtocolError, match=f"more than {MAX_LINE} bytes"):
+        list(parse_hashes(chunks()))
+
+
+@given(st.lists(st.binary(max_size=40)))
+def test_any_hash_stream_is_parsed_or_refused(chunks):
+    """Nothing but a protocol error comes of nonsense."""
+    try:
+        digests = list(parse_hashes(chunks))
+    except ProtocolError:
+        return
+    assert format_hashes(digests) == b"".join(chunks).replace(b"\r", b"")
+
+
+def test_digests_are_checked():
+    """The digest that goes with octets has 32 hexadecimal digits, in small letters."""
+    assert check_digest("0123456789abcdef" * 2) == "0123456789abcdef" * 2
+    for digest in ["", "0" * 31, "0" * 33, "0" * 31 + "g", "A" * 32, "0" * 31 + " ", "0" * 32 + "\n", "é", "a" * 5000]:
+        with pytest.raises(RequestError, match="32 hexadecimal digits") as info:
+            check_digest(digest)
+        assert len(str(info.value)) < 200
+
+
+# File information {{{1
+
+INFO = FileInfo(True, 123, 456, "1:2", False)
+
+
+def test_info_survives():
+    """What the server knows is what the client gets to know."""
+    text = json.dumps(encode_info(INFO, ["sha1", "md5"], writable=False))
+    info, peer = decode_info(text, exists=True)
+    assert info == INFO
+    assert (peer.features, peer.methods, peer.writable) == (FEATURES, {"sha1", "md5"}, False)
+    assert peer.version.startswith("2.")
+
+
+def test_info_of_a_missing_file_survives():
+    """The answer for a missing file still tells what the server can do."""
+    document = encode_info(FileInfo(False), ["sha1"])
+    assert set(document) == {"server"}
+    info, peer = decode_info(json.dumps(document), exists=False)
+    assert info == FileInfo(False)
+    assert (peer.features, peer.methods, peer.writable) == (FEATURES, {"sha1"}, True)
+
+
+def test_info_of_an_old_server():
+    """Version 1.0.1 tells the size and nothing else: it has no features."""
+    assert decode_info(b'{"size": 5}', exists=True) == (FileInfo(True, 5), PeerInfo())
+    for text in [b"", b"Not Found", b"<html>", b"[]", b"null", b'{"server": 7}', b"{}"]:
+        assert decode_info(text, exists=False) == (FileInfo(False), PeerInfo())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"OK", b"[]", b"null", b'"size"', b"{}", b"\xff", b'{"size": null}', b'{"size": -1}', b'{"size": 1.0}',
+        b'{"size": true}', b'{"size": "5"}', b'{"size": 1e3}', b'{"size": 9223372036854775808}', b'{"size": NaN}',
+        b'{"size": 5, "mtime_ns": "x"}', b'{"size": 5, "mtime_ns": 9223372036854775808}', b'{"size": 5, "server": []}',
+        b'{"size": 5, "server": null}', b'{"size": ' + b"9" * 5000 + b"}", b"[" * 100000, b'{"a":' * 100000,
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_impossible_info(text):
+    """An answer that makes no sense isn't believed."""
+    with pytest.raises(ProtocolError) as info:
+        decode_info(text, exists=True)
+    assert str(info.value).isprintable() and len(str(info.value)) < 300
+
+
+@pytest.mark.parametrize("depth", range(100, 1100, 50))
+def test_deep_info_is_no_crash(depth):
+    """Nesting is either understood or refused, at any depth."""
+    deep = "[" * depth + "]" * depth
+    for text in [f'{{"size": 1, "file_id": {deep}}}', f'{{"size": 1, "server": {{"version": {deep}}}}}']:
+        try:
+            assert decode_info(text, exists=True)[0].size == 1
+        except ProtocolError:
+            pass
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+SERVERS = st.fixed_dictionaries(
+    {}, optional={"version": VALUES, "features": VALUES, "methods": VALUES, "writable": VALUES}
+)
+DOCUMENTS = VALUES | st.fixed_dictionaries(
+    {"size": st.integers(0, 9) | VALUES},
+    optional={"mtime_ns": VALUES, "file_id": VALUES, "resizable": VALUES, "server": SERVERS | VALUES},
+)
+
+
+@given(DOCUMENTS, st.booleans())
+def test_any_document_is_understood_or_refused(document, exists):
+    """Whatever a server sends: the result has the right types and ranges, or it's a protocol error."""
+    try:
+        info, peer = decode_info(json.dumps(document), exists)
+    except ProtocolError:
+        assert exists
+        return
+    assert info.exists == exists
+    assert type(info.size) is int and 0 <= info.size <= MAX_OFFSET
+    assert type(info.mtime_ns) is int and type(info.resizable) is bool and type(peer.writable) is bool
+    assert type(info.file_id) is str and len(info.file_id) <= 80
+    assert type(peer.version) is str and len(peer.version) <= 40
+    assert peer.features <= FEATURES
+    assert all(type(method) is str for method in peer.methods)
+
+
+# Problems {{{1
+
+
+def test_problem_survives():
+    """What the server says is what the client shows."""
+    text = encode_problem(404, "Not Found", "There's no é here", {"extra": 1}).encode("ascii")
+    assert json.loads(text) == {
+        "type": "about:blank", "title": "Not Found", "status": 404, "detail": "There's no é here", "extra": 1,
+    }  # fmt: skip
+    assert decode_problem(text) == "There's no é here"
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"<html>", b"[]", b"{}", b'{"detail": 7}', b'{"detail": null}', b"7", b"\xff", b"[" * 100000]
+)
+def test_foreign_problem_says_nothing(text):
+    """What isn't ours has no detail."""
+    assert decode_problem(text) == ""
+
+
+def test_endless_problem_is_cut():
+    """A server can't fill the screen."""
+    assert decode_problem(encode_problem(500, "", "x" * 5000).encode()) == "x" * 400
+
+
+@given(st.binary() | DOCUMENTS.map(json.dumps).map(str.encode))
+def test_any_problem_is_understood(text):
+    """Whatever a server sends, a short text comes of it."""
+    assert len(decode_problem(text)) <= 400
+
+
+def test_queries_are_those_of_the_frozen_protocol():
+    """A request reads like one of version 1.0.1."""
+    url = Address("/a b", "host", 99).url("hashes", block_size=10, method="sha1", concurrency=2)
+    assert url.startswith("http://host:99/hashes?")
+    expected = {"filename": ["/a b"], "block_size": ["10"], "method": ["sha1"], "concurrency": ["2"]}
+    assert parse_qs(urlsplit(url).query, strict_parsing=True) == expected
+    assert quote("/a b") in str(Address("/a b", "host", 99))
