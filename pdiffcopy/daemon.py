@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import socket
 import ssl
@@ -64,6 +65,7 @@ class Daemon(BaseApplication):
             "when_ready": _when_ready,
             "worker_class": _Worker,
             "worker_connections": CONNECTIONS,
+            "worker_exit": _leave,
             "workers": processes,
         }
         _check_address(host or "0.0.0.0", port)
@@ -130,6 +132,12 @@ def _raise_file_limit() -> None:
     """A connection takes a descriptor: use as many as the administrator allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _leave(server: Any, worker: Any) -> None:
+    """End a process whose parent was killed without waiting for the threads that wait for a stalled client."""
+    if os.getpid() == worker.pid and os.getppid() != worker.ppid:
+        os._exit(1)
 
 
 def _when_ready(server: Any) -> None:
