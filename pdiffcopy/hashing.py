@@ -28,6 +28,9 @@ from pdiffcopy.protocol import BlockDigest, Extent
 STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
 
+STRIPE_BLOCKS = 16384
+"""How many blocks a stripe has at most: who asks for tiny blocks doesn't get to fill the memory with digests."""
+
 
 def compute_hashes(filename: str, block_size: int, method: str, concurrency: int) -> Iterator[tuple[int, str]]:
     """
@@ -72,7 +75,7 @@ def hash_stripes(
     new_hasher = get_hasher(method)
     # A small file is cut into smaller stripes, so that there's something to do for all threads.
     share = max(STRIPE_SIZE // 16, min(STRIPE_SIZE, (stop - start) // (4 * concurrency)))
-    stripe_size = max(share // block_size, 1) * block_size
+    stripe_size = min(max(share // block_size, 1), STRIPE_BLOCKS) * block_size
     pending: deque[Future[list[BlockDigest]]] = deque()
     try:
         for offset in range(start, stop, stripe_size):
