@@ -10,6 +10,8 @@ comparison. From the top down:
     what is measured: each group is a list of cases and how each of them is prepared
 :mod:`.verdicts`
     which ratios of medians are promised, and which of them hold
+:mod:`.growth`
+    how time grows with size and delta, and how much work a GiB is
 :mod:`.bench`
     the one way to measure a case: prepare, start, wait, check
 :mod:`.contenders`

@@ -17,7 +17,7 @@ Supported options:
   --help
 
 A complete run (no --quick, no --only) writes benchmarks/results.json and docs/benchmark.svg unless told otherwise, any
-other run writes only what it's told to. The exit code is 0 also when a promise is missed.
+other run writes only what it's told to. The exit code is 1 when a contender fails, but not when a promise is missed.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from typing import Any, NoReturn
 
 from humanfriendly import InvalidSize, parse_size
 
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, ContenderError
 from benchmarks.contenders import PDIFFCOPY, RSYNC
 from benchmarks.groups import GIBIBYTE, MEBIBYTE, Suite, UnavailableError
+from benchmarks.growth import count_work, fit_lines
 from benchmarks.servers import ROOT, PdiffcopyServer, RsyncDaemon, Server
 from benchmarks.svg import draw_results
-from benchmarks.table import format_results, format_verdicts
+from benchmarks.table import format_growth, format_results, format_verdicts
 from benchmarks.verdicts import Verdict, judge
 from pdiffcopy import __version__
 
@@ -107,6 +108,7 @@ def run(options: Options) -> None:
     """Measure, and tell."""
     started = time.monotonic()
     notes: list[str] = []
+    failures: list[str] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdiffcopy-", dir=options.directory)))
         bench = Bench(folder, options.size, options.runs)
@@ -124,20 +126,32 @@ def run(options: Options) -> None:
                     group()
                 except UnavailableError as e:
                     notes.append(f"{name}: {e}")
+                except ContenderError as e:
+                    failures.append(f"{name} FAILED: {e}")
     verdicts = judge(bench.results, options.size, options.memory_size)
-    print(format_results(bench.results), format_verdicts(verdicts), sep="\n\n")
-    notes.append(f"took {time.monotonic() - started:.0f} seconds")
+    lines, work = fit_lines(bench.results, options.size), count_work(bench.results)
+    print(format_results(bench.results), format_growth(lines, work), format_verdicts(verdicts), sep="\n\n")
+    notes += [*failures, f"took {time.monotonic() - started:.0f} seconds"]
     print("", *notes, sep="\n")
     if options.json:
-        document = make_document(options, bench, verdicts, notes)
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+        growth = {"lines": [vars(line) for line in lines], "work": [vars(item) for item in work]}
+        document = {**make_document(options, verdicts, notes), "growth": growth}
+        Path(options.json).write_text(dump(document, bench.results.as_list()))
     if options.svg and (picture := draw_results(bench.results, options.size)):
         Path(options.svg).parent.mkdir(exist_ok=True)
         Path(options.svg).write_text(picture)
+    if failures:
+        sys.exit(1)
 
 
-def make_document(options: Options, bench: Bench, verdicts: list[Verdict], notes: list[str]) -> dict[str, Any]:
-    """All that was measured, for programs."""
+def dump(document: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+    """Make JSON of it with one line for each case (they're too many for one line for each number)."""
+    head = json.dumps(document, indent=1).removesuffix("\n}")
+    return f'{head},\n "cases": [\n' + ",\n".join(f"  {json.dumps(case)}" for case in cases) + "\n ]\n}\n"
+
+
+def make_document(options: Options, verdicts: list[Verdict], notes: list[str]) -> dict[str, Any]:
+    """What was measured where, and what follows from it."""
     return {
         "pdiffcopy": __version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -156,7 +170,6 @@ def make_document(options: Options, bench: Bench, verdicts: list[Verdict], notes
             }
             for verdict in verdicts
         ],
-        "cases": bench.results.as_list(),
     }
 
 

@@ -28,13 +28,17 @@ from typing import Any
 from benchmarks.contenders import Contender
 from benchmarks.files import SCATTERED, Pair
 from benchmarks.processes import MemorySampler
-from benchmarks.servers import ENVIRONMENT, ROOT, Server
+from benchmarks.servers import END_TIMEOUT, ENVIRONMENT, ROOT, Server
 
 DOWNLOAD, UPLOAD = "download", "upload"
 LOOPBACK = "loopback"
 RUN_TIMEOUT = 900
 """How long a process may take before it's killed, in seconds."""
-SAMPLING_INTERVAL = 0.1
+SAMPLING_INTERVAL = 0.05
+
+
+class ContenderError(Exception):
+    """Raised when a contender fails, or leaves a target that differs."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,6 @@ class Sample:
     details: dict[str, Any] = field(default_factory=dict)
     """What only some contenders and groups tell: the steps of a limit, what a relay or strace has counted."""
 
-    @property
-    def cpu(self) -> float:
-        """The processor time of both sides together."""
-        return self.client_cpu + self.server_cpu
-
 
 @dataclass(frozen=True)
 class Job:
@@ -113,8 +112,8 @@ class Results:
         for case, samples in self.samples.items():
             entry = {**vars(case), "contender": case.contender.name}
             numbers = ("wall", "client_cpu", "server_cpu", "client_memory", "server_memory", "switches")
-            entry["medians"] = {name: statistics.median(getattr(s, name) for s in samples) for name in numbers}
-            entry["samples"] = [asdict(sample) for sample in samples]
+            entry["medians"] = {name: _round(statistics.median(getattr(s, name) for s in samples)) for name in numbers}
+            entry["samples"] = [{name: _round(value) for name, value in asdict(s).items()} for s in samples]
             cases.append(entry)
         return cases
 
@@ -159,7 +158,7 @@ class Bench:
         if case.contender.hash is not None:
             sample.details["steps"] = json.loads(self.output.read_text())
         if job.server and not pair.is_equal():
-            raise RuntimeError(f"{case.contender.name} left a target that differs from the source ({case.work})")
+            raise ContenderError(f"{case.contender.name} left a target that differs from the source ({case.work})")
         _say(f"{case.group:8} {case.contender.name:27} {case.work:42} {sample.wall:8.3f} s")
         return sample
 
@@ -183,7 +182,7 @@ class Bench:
                 wall = time.perf_counter() - started
                 process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {self.output.read_text(errors='replace').strip()}")
+            raise ContenderError(f"{' '.join(command)} failed: {self.output.read_text(errors='replace').strip()}")
         sampler.look("server")
         if server:
             server.settle()
@@ -191,8 +190,8 @@ class Bench:
             wall=wall,
             client_cpu=usage.ru_utime + usage.ru_stime,
             server_cpu=(server.get_cpu_seconds() if server else 0) - cpu_before,
-            # A short process may have escaped the sampler, its largest single process hasn't.
-            client_memory=max(sampler.get_peak("client"), usage.ru_maxrss * 1024),
+            # Not usage.ru_maxrss, which includes what we occupied when we started the process.
+            client_memory=sampler.get_peak("client"),
             server_memory=sampler.get_peak("server"),
             switches=usage.ru_nvcsw + usage.ru_nivcsw,
             changed=0,
@@ -214,7 +213,16 @@ class _ending:
         self.timer.cancel()
         if self.process.returncode is None:
             self.process.terminate()
-            self.process.wait()
+            try:
+                self.process.wait(END_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def _round(value: Any) -> Any:
+    """Cut off the digits that mean nothing (a tenth of a millisecond is noise)."""
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _say(text: str) -> None:

@@ -89,18 +89,18 @@ class Suite:
     def delta(self) -> None:
         """Changes of 0 to 100 % in both layouts and directions, against rsync and the limits."""
         jobs = []
-        few = min(2, self.bench.runs)
+        few, some = min(2, self.bench.runs), min(3, self.bench.runs)
         for percent in PERCENTAGES:
-            # rsync takes long to find little in common, and varies little: two rounds of that have to do.
-            rsync_rounds = few if percent >= 50 else self.bench.runs
-            for contender in (RSYNC_DELTA, RSYNC_WHOLE, SHA1, XXH128, BLAKE3, LIMIT_SHA1, LIMIT_XXH128):
-                rounds = rsync_rounds if contender is RSYNC_DELTA else self.bench.runs
+            for contender in (RSYNC_DELTA, RSYNC_WHOLE, SHA1, XXH128, LIMIT_SHA1, LIMIT_XXH128):
+                # rsync takes long to find little in common, and varies little: two rounds of that have to do.
+                rounds = few if contender is RSYNC_DELTA and percent >= 50 else self.bench.runs
                 jobs += self._jobs("delta", contender, percent=percent, rounds=rounds)
             for contender in (SHA1, XXH128):
-                jobs += self._jobs("delta", contender, percent=percent, direction=UPLOAD)
-        jobs += self._jobs("delta", LIMIT_BLAKE3, percent=0)
+                jobs += self._jobs("delta", contender, percent=percent, direction=UPLOAD, rounds=some)
+            jobs += self._jobs("delta", BLAKE3, percent=percent, rounds=few)
+        jobs += self._jobs("delta", LIMIT_BLAKE3, percent=0, rounds=few)
         for contender in (RSYNC_DELTA, RSYNC_WHOLE):
-            jobs += self._jobs("delta", contender, direction=UPLOAD)
+            jobs += self._jobs("delta", contender, direction=UPLOAD, rounds=few)
         for percent in PERCENTAGES[1:]:
             for contender in (RSYNC_DELTA, RSYNC_WHOLE, SHA1, XXH128, LIMIT_SHA1):
                 jobs += self._jobs("delta", contender, layout=PREFIX, percent=percent, rounds=few)
@@ -113,8 +113,10 @@ class Suite:
         jobs = []
         for layout in (MISSING, SCATTERED):
             for contender in (RSYNC_WHOLE, WHOLE, WHOLE_UNVERIFIED):
+                rounds = self.bench.runs if layout == MISSING else min(3, self.bench.runs)
                 for direction in BOTH if contender is not RSYNC_WHOLE else (DOWNLOAD,):
-                    jobs += self._jobs("whole", contender, layout=layout, percent=100, direction=direction)
+                    jobs += self._jobs("whole", contender, layout=layout, percent=100, direction=direction,
+                                       rounds=rounds)  # fmt: skip
         jobs += self._jobs("whole", LIMIT_COPY, layout=MISSING, percent=100)
         self.bench.run(jobs)
 
@@ -157,13 +159,12 @@ class Suite:
         """The octets on the wire."""
         for direction in BOTH:
             for percent in (0, 10):
-                for contender in (SHA1, XXH128, RSYNC_DELTA):
+                for contender in (SHA1, XXH128):
                     case = Case("wire", contender, self.pair.size, direction, percent=percent, link=RELAY)
-                    if contender.server in self.servers:
-                        with RelayServer(self.servers[contender.server]) as relay:
-                            sample = self.bench.measure(Job(case, self.pair, relay))
-                            sample.details["relay"] = relay.get_counts()
-                        self.bench.results.add(case, sample)
+                    with RelayServer(self.servers[contender.server]) as relay:
+                        sample = self.bench.measure(Job(case, self.pair, relay))
+                        sample.details["relay"] = relay.get_counts()
+                    self.bench.results.add(case, sample)
 
     def links(self) -> None:
         """Wires of a limited bandwidth."""

@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 560, 64, 384
 """The frame of the plot. What's right of it belongs to the names of the lines."""
 LABEL_HEIGHT = 17
+AXIS = "seconds, medians of whole runs (each horizontal line is twice the one below)"
 
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #333 }
@@ -91,7 +92,7 @@ def draw(title: str, lines: Sequence[Line]) -> str:
         f"<style>{STYLE}</style>",
         f'<rect class="background" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
         f'<text class="title" x="{LEFT}" y="28">{escape(title)}</text>',
-        f'<text class="axis" x="{LEFT}" y="47">seconds, medians of whole runs (each line is twice the one below)</text>',
+        f'<text class="axis" x="{LEFT}" y="47">{AXIS}</text>',
     ]
     for power in range(lowest, highest + 1):
         y = get_y(2.0**power)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from benchmarks.bench import DOWNLOAD, Case, Results
 from benchmarks.contenders import LIMITS, RSYNC_DELTA, RSYNC_WHOLE
+from benchmarks.growth import Line, Work
 from benchmarks.verdicts import Verdict, get_limit_seconds
 
 MEBIBYTE = 1024**2
@@ -41,6 +42,18 @@ def format_verdicts(verdicts: Sequence[Verdict]) -> str:
             lines.append(f"{verdict.work} (the worst one counts):")
             lines += [f"    {ratio:.3f}  {name}" for name, ratio in verdict.cases.items()]
     return "\n".join(lines)
+
+
+def format_growth(lines: Sequence[Line], work: Sequence[Work]) -> str:
+    """How time grows with the size of the file and of the delta, and how much work a GiB is."""
+    parts = []
+    if lines:
+        rows = [[x.name, f"{x.start:.2f}", f"{x.slope:.2f}", f"{x.deviation:.0%}"] for x in lines]
+        parts.append(format_table(["growth", "start s", "s/GiB", "deviation"], rows))
+    if work:
+        rows = [[x.name, f"{x.per_gib_compared:.0f}", f"{x.per_gib_moved:.0f}"] for x in work]
+        parts.append(format_table(["work", "a GiB compared", "a GiB moved"], rows))
+    return "\n\n".join(parts)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

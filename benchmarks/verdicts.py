@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from benchmarks.bench import DOWNLOAD, UPLOAD, Case, Results, Sample
 from benchmarks.contenders import (
@@ -67,7 +68,9 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("100 %, xxh128, verified", "rsync -W", 0.85, ratios.all_changed),
         ("whole file, target missing, verified", "rsync -W", 0.85, ratios.whole),
         ("whole file, target missing, --no-verify", "rsync -W", 0.65, ratios.whole_unverified),
-        ("any delta, sha1, verified", "limit: hash both, copy, one more hash", 1.30, ratios.limit),
+        # Which hash the "one more" is, is open: the strict reading is the cheap one that verification really uses.
+        ("any delta, sha1, verified", "limit: hash both, copy, one more sha1", 1.30, partial(ratios.limit, "same")),
+        ("any delta, sha1, verified", "limit: hash both, copy, one more xxh128", 1.30, partial(ratios.limit, "xxh128")),
         ("upload", "the same download", 1.25, ratios.upload),
         ("10 MiB, nothing changed", 'python -c "import requests"', 2.0, ratios.small),
         ("bytes on the wire, 10 %", "the changed bytes", 1.01, ratios.wire),
@@ -138,12 +141,13 @@ class _Ratios:
         case = Case("whole", WHOLE_UNVERIFIED, self.size, layout=MISSING, percent=100)
         yield "download", self.compare(case, replace(case, contender=RSYNC_WHOLE))
 
-    def limit(self) -> Ratios:
+    def limit(self, one_more: str) -> Ratios:
         for percent in PERCENTAGES:
             for layout in (SCATTERED, PREFIX):
                 for direction in (DOWNLOAD, UPLOAD):
                     case = replace(self.delta, contender=SHA1, percent=percent, layout=layout, direction=direction)
-                    limit = get_limit_seconds(self.results, replace(case, contender=LIMIT_SHA1, direction=DOWNLOAD))
+                    bare = replace(case, contender=LIMIT_SHA1, direction=DOWNLOAD)
+                    limit = get_limit_seconds(self.results, bare, one_more)
                     yield f"{direction}, {percent} % {layout}", _divide(self.results.median(case), limit)
 
     def upload(self) -> Ratios:
