@@ -45,7 +45,9 @@ def load_token(filename: str = "") -> str:
 
 def _read_secret(filename: str) -> str:
     try:
-        with open(filename, encoding="ascii", errors="replace") as handle:
+        # Without O_NONBLOCK, a FIFO would be waited for instead of refused.
+        fd = os.open(filename, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, encoding="ascii", errors="replace") as handle:
             mode = os.fstat(handle.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise UsageError("The token file {filename} isn't a regular file", filename=filename)

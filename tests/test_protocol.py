@@ -398,7 +398,8 @@ def test_hash_lines_come_as_soon_as_they_can():
     "data",
     [
         b"\n", b"x\n", b"0\n", b"0 aa\n", b"0\taa bb\n", b"0\taa\t1\n", b"-1\taa\n", b"01\taa\n", b"0\tAA\n",
-        b"0\tgg\n", b"0\ta\n", b"0\t\n", b"\taa\n", b"0\taa\n\n", b"0\taa", b"0\taa\n10", b"<html>\n", b"\xff\n", b"0\taa\0\n",
+        b"0\tgg\n", b"0\ta\n", b"0\t\n", b"\taa\n", b"0\taa\n\n", b"0\taa", b"0\taa\n10", b"<html>\n",
+        b"\xff\n", b"0\taa\0\n",
         b"1" * 20 + b"\taa\n", b"0\t" + b"a" * 513 + b"\n",
     ],
 )  # fmt: skip

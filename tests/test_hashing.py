@@ -1,0 +1,165 @@
+"""Hashing the blocks of a file on many cores."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+
+import blake3
+import pytest
+import xxhash
+
+from pdiffcopy import hashing
+from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
+from pdiffcopy.hashing import compute_hashes, get_hasher, get_methods, hash_stripes, hash_worker
+from pdiffcopy.operations import CHUNK_SIZE, LocalFile
+from tests.support import write_pattern
+
+SMALL_STRIPE = 4096
+
+
+@pytest.fixture
+def small_stripes(monkeypatch):
+    """Stripes that small files have several of."""
+    monkeypatch.setattr(hashing, "STRIPE_SIZE", SMALL_STRIPE)
+
+
+def hash_directly(method, data):
+    if method == "xxh128":
+        return xxhash.xxh3_128_hexdigest(data)
+    if method == "blake3":
+        return blake3.blake3(data).hexdigest()
+    return hashlib.new(method, data, usedforsecurity=False).hexdigest()
+
+
+def hash_all(data, block_size, method="sha1"):
+    return [(i, hash_directly(method, data[i : i + block_size])) for i in range(0, len(data), block_size)]
+
+
+@pytest.mark.parametrize("method", sorted(get_methods()))
+def test_each_method_is_what_its_name_says(tmp_path, method):
+    """The digests are those that hashlib, xxhash and blake3 compute."""
+    data = write_pattern(tmp_path / "file", 2500)
+    assert list(compute_hashes(str(tmp_path / "file"), 1000, method, 2)) == hash_all(data, 1000, method)
+
+
+def test_methods_are_known():
+    """What every Python has is there, and so are the fast methods."""
+    assert get_methods() >= {"md5", "sha1", "sha256", "sha512", "blake2b", "sha3_256", "xxh128", "blake3"}
+    assert not any(name.startswith("shake") for name in get_methods())
+
+
+@pytest.mark.parametrize("method", ["", "nonsense", "SHAKE_128", "shake_128", "shake_256", "xxh64", "sha1\0", "/"])
+def test_unknown_methods_are_refused(tmp_path, method):
+    """A method that doesn't exist, or has no fixed length, is an error that names those that can be had."""
+    with pytest.raises(UsageError, match="try one of .*sha1") as info:
+        get_hasher(method)
+    assert info.value.method == method
+    with pytest.raises(UsageError, match="no hash method"):
+        list(compute_hashes(str(tmp_path / "missing"), 1000, method, 2))
+
+
+SIZES = [0, 1, 99, 100, 101, SMALL_STRIPE - 1, SMALL_STRIPE, SMALL_STRIPE + 1, 3 * SMALL_STRIPE + 7]
+
+
+@pytest.mark.parametrize("block_size", [7, 100, 1000, SMALL_STRIPE, SMALL_STRIPE + 1, 10**6])
+@pytest.mark.parametrize("concurrency", [1, 3])
+@pytest.mark.usefixtures("small_stripes")
+def test_sizes_around_blocks_and_stripes(tmp_path, block_size, concurrency):
+    """Each block has its digest, in order, whatever divides what."""
+    for size in SIZES:
+        data = write_pattern(tmp_path / "file", size)
+        digests = list(compute_hashes(str(tmp_path / "file"), block_size, "sha1", concurrency))
+        assert digests == hash_all(data, block_size), size
+
+
+@pytest.mark.parametrize("block_size", [CHUNK_SIZE // 3, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 600_000])
+@pytest.mark.parametrize("size", [CHUNK_SIZE - 1, CHUNK_SIZE, 4 * CHUNK_SIZE + 10])
+def test_sizes_around_chunks(tmp_path, block_size, size):
+    """A block larger than what is read at once is one block nevertheless."""
+    data = write_pattern(tmp_path / "file", size)
+    assert list(compute_hashes(str(tmp_path / "file"), block_size, "xxh128", 2)) == hash_all(data, block_size, "xxh128")
+
+
+def test_hash_worker_hashes_one_block(tmp_path):
+    """A single block, the last one included."""
+    data = write_pattern(tmp_path / "file", 250)
+    for offset in (0, 100, 200):
+        expected = (offset, hash_directly("md5", data[offset : offset + 100]))
+        assert hash_worker(offset, 100, str(tmp_path / "file"), "md5") == expected
+
+
+@pytest.mark.usefixtures("small_stripes")
+def test_hashing_can_begin_and_end_anywhere(tmp_path):
+    """A stream that is resumed has the digests that the whole one has, and a shorter end is a shorter last block."""
+    data = write_pattern(tmp_path / "file", 20000)
+    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(2) as executor:
+        stripes = list(hash_stripes(file, 5000, 15250, 500, "sha1", executor, 2))
+    assert len(stripes) > 1
+    assert [tuple(digest) for stripe in stripes for digest in stripe] == hash_all(data[:15250], 500)[10:]
+
+
+def test_missing_file_is_an_error(tmp_path):
+    """A file that isn't there has no digests."""
+    with pytest.raises(FileMissingError, match="missing"):
+        list(compute_hashes(str(tmp_path / "missing"), 10, "sha1", 2))
+
+
+@pytest.mark.usefixtures("small_stripes")
+def test_reader_that_leaves_stops_the_threads(tmp_path, monkeypatch):
+    """Closing the generator ends the threads and the file, and what nobody will read isn't computed."""
+    write_pattern(tmp_path / "file", 200 * SMALL_STRIPE)
+    hashed = []
+    original = hashing._hash_stripe
+    monkeypatch.setattr(hashing, "_hash_stripe", lambda *args: hashed.append(args) or original(*args))
+    before = set(threading.enumerate()), sorted(os.listdir("/proc/self/fd"))
+    with closing(compute_hashes(str(tmp_path / "file"), 1024, "sha1", 2)) as digests:
+        assert len(list(islice(digests, 3))) == 3
+        assert set(threading.enumerate()) != before[0]
+    assert (set(threading.enumerate()), sorted(os.listdir("/proc/self/fd"))) == before
+    assert len(hashed) < 20
+
+
+@pytest.mark.usefixtures("small_stripes")
+def test_reader_who_waits_stops_the_threads(tmp_path, monkeypatch):
+    """Nothing is computed far ahead of the reader: memory stays flat."""
+    write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
+    submitted = []
+
+    class Recorder(ThreadPoolExecutor):
+        def submit(self, *args):
+            submitted.append(args)
+            return super().submit(*args)
+
+    with LocalFile(str(tmp_path / "file")) as file, Recorder(2) as executor:
+        stripes = hash_stripes(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", executor, 2)
+        for number, _ in enumerate(stripes, 1):
+            assert len(submitted) <= number + 4
+    assert len(submitted) == number == 100
+
+
+@pytest.mark.usefixtures("small_stripes")
+def test_file_that_becomes_shorter_is_an_error(tmp_path):
+    """Digests of what isn't there any more are never made up."""
+    data = write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
+    digests = compute_hashes(str(tmp_path / "file"), 1024, "sha1", 2)
+    head = list(islice(digests, 4))
+    os.truncate(tmp_path / "file", 50 * SMALL_STRIPE + 10)
+    with pytest.raises(FileError, match="file.*shorter") as info:
+        head.extend(digests)
+    assert head == hash_all(data, 1024)[: len(head)]
+    assert len(head) <= 50 * 4
+    assert info.value.offset > 50 * SMALL_STRIPE
+
+
+def test_file_shorter_than_it_says_is_an_error():
+    """A file of sysfs claims a page and has less: that's an error, and neither padding nor a hang."""
+    path = "/sys/kernel/mm/transparent_hugepage/enabled"
+    if not os.path.exists(path):
+        pytest.skip("there is no such file here")
+    with pytest.raises(FileError, match="never was that long"):
+        list(compute_hashes(path, 1024, "sha1", 2))
