@@ -63,6 +63,8 @@ class Plan:
     by_hashes: bool
     """Whether to verify by the block hashes of the source, because it can't state digests."""
     max_extents: int = MAX_EXTENTS
+    run: str = ""
+    """The name under which the target is claimed (empty when it can't be)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def find_blocks(plan: Plan) -> Iterator[Block]:
 
 
 def _digests(plan: Plan, address: Address, size: int) -> Generator[str, None, None]:
-    yield from open_replica(address, plan.network).hashes(size, plan.block_size, plan.method, plan.concurrency)
+    if size:  # there may be no file yet
+        yield from open_replica(address, plan.network).hashes(size, plan.block_size, plan.method, plan.concurrency)
 
 
 def generate_batches(plan: Plan) -> Iterator[Batch]:
@@ -141,7 +144,7 @@ def _transfer(plan: Plan, batch: Batch) -> None:
     source, target = open_replica(plan.source, plan.network), open_replica(plan.target, plan.network)
     logger.debug("Transferring %i bytes in %i extents ..", batch.size, len(batch.extents))
     with source.read(batch.extents, state_digest=plan.verify and not plan.by_hashes) as reading:
-        target.write(batch.extents, _check_hashes(plan, batch, reading) if plan.by_hashes else reading)
+        target.write(batch.extents, _check_hashes(plan, batch, reading) if plan.by_hashes else reading, plan.run)
 
 
 def _check_hashes(plan: Plan, batch: Batch, reading: Reading) -> Reading:

@@ -76,6 +76,14 @@ def test_dry_run_against_old_server(launch_old, tmp_path):
     assert snapshot(tmp_path / "target") == before
 
 
+def test_dry_run_of_a_download_to_a_missing_target(launch_old, tmp_path):
+    """There's nothing to compare with, so all differs, and no file is made."""
+    write_pattern(tmp_path / "source", 3 * BLOCK)
+    source = launch_old().location(tmp_path / "source")
+    assert Client(source=source, target=tmp_path / "target", block_size=BLOCK, dry_run=True).synchronize_once() == 3
+    assert not (tmp_path / "target").exists()
+
+
 def test_steps_work_with_old_server(launch_old, tmp_path):
     """The documented halves of a run need nothing new."""
     data = write_pattern(tmp_path / "source", 7 * BLOCK + 123)
