@@ -253,6 +253,7 @@ class Client(PropertyManager):
             verify=verify,
             by_hashes=verify and FEATURE_DIGEST not in source_peer.features,
             max_extents=MAX_EXTENTS if many_extents else 1,
+            run=os.urandom(8).hex(),
         )
 
     def _scan(self, plan: Plan) -> Result:
@@ -266,19 +267,24 @@ class Client(PropertyManager):
         """Bring the target into line: grow it, change it, cut it, and look whether all is as it should be."""
         replica = open_replica(plan.target, self.network)
         with self._watching_source(source, plan):
-            if not target.exists or target.size < source.size:
-                replica.resize(source.size)
             if not target.exists:
+                replica.resize(source.size)
                 target = replica.info()[0]
+            # From here on no other run may mix its data with ours: one that begins later ends this one.
+            plan = replace(plan, run=plan.run if replica.claim(plan.run) else "")
+            if target.size < source.size:
+                replica.resize(source.size, plan.run)
             pool = WorkerPool(
                 concurrency=self.concurrency, generator_fn=generate, worker_fn=partial(transfer_batch, plan)
             )
             with pool, self._make_reporter(plan) as reporter:
                 result = _collect(pool, reporter)
             if target.size > source.size and target.resizable:
-                replica.resize(source.size)
+                replica.resize(source.size, plan.run)
             if self.fsync:
                 replica.sync()
+            if plan.run:
+                replica.release(plan.run)
             self._check_target(source, target, replica.info()[0])
         return result
 

@@ -90,6 +90,12 @@ class DigestMismatchError(ProgramError):
     http_status = 409
 
 
+class TakenOverError(ProgramError):
+    """Raised when a later run has claimed the target: its data and ours would mix."""
+
+    http_status = 423
+
+
 class LengthRequiredError(ProgramError):
     """Raised when a body comes without an exact ``Content-Length``."""
 

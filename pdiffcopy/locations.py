@@ -22,7 +22,17 @@ from property_manager import PropertyManager, cached_property, mutable_property
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_TIMEOUT
 from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
 from pdiffcopy.hashing import get_methods, hash_stripes
-from pdiffcopy.operations import Chunk, LocalFile, get_file_info, read_block, resize_file, stat_file, sync_file
+from pdiffcopy.operations import (
+    Chunk,
+    LocalFile,
+    claim_file,
+    get_file_info,
+    read_block,
+    release_file,
+    resize_file,
+    stat_file,
+    sync_file,
+)
 from pdiffcopy.protocol import FEATURES, Address, Extent, FileInfo, PeerInfo, parse_location
 
 
@@ -66,16 +76,25 @@ class Replica(ABC):
         """Read extents: exactly the octets that were asked for, or an exception."""
 
     @abstractmethod
-    def write(self, extents: Sequence[Extent], reading: Reading) -> None:
+    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """
         Write extents, and compare what lies there afterwards with the digest of the reading, if it states one.
 
-        :raises: :exc:`.DigestMismatchError` when that differs.
+        :param run: The run that has claimed the file, if one has.
+        :raises: :exc:`.DigestMismatchError` when that differs, :exc:`.TakenOverError` when the claim is lost.
         """
 
     @abstractmethod
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, run: str = "") -> None:
         """Create the file (with its parent folders), grow or cut it."""
+
+    @abstractmethod
+    def claim(self, run: str) -> bool:
+        """Let a run write to the file, and no earlier one any more. Returns whether that's possible here."""
+
+    @abstractmethod
+    def release(self, run: str) -> None:
+        """End a claim. Raises :exc:`.TakenOverError` when it was lost before."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -106,14 +125,22 @@ class LocalReplica(Replica):
         with LocalFile(self.filename) as file:
             yield Reading(file.chunks(extents), file.digest(extents) if state_digest else "")
 
-    def write(self, extents: Sequence[Extent], reading: Reading) -> None:
+    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`Replica.write`."""
         with LocalFile(self.filename, write=True) as file:
-            file.write(extents, reading.chunks, reading.digest)
+            file.write(extents, reading.chunks, reading.digest, run)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, run: str = "") -> None:
         """See :meth:`Replica.resize`."""
-        resize_file(self.filename, size)
+        resize_file(self.filename, size, run=run)
+
+    def claim(self, run: str) -> bool:
+        """See :meth:`Replica.claim`."""
+        return claim_file(self.filename, run)
+
+    def release(self, run: str) -> None:
+        """See :meth:`Replica.release`."""
+        release_file(self.filename, run)
 
     def sync(self) -> None:
         """See :meth:`Replica.sync`."""

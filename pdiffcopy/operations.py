@@ -11,15 +11,23 @@ it is opened, so that opening it can't block or have side effects, and once more
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import xxhash
 
-from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, FileMissingError
+from pdiffcopy.exceptions import (
+    DigestMismatchError,
+    FileError,
+    FileForbiddenError,
+    FileMissingError,
+    TakenOverError,
+)
 from pdiffcopy.protocol import Extent, FileInfo
 from pdiffcopy.splice import Piped
 
@@ -27,6 +35,12 @@ CHUNK_SIZE = 256 * 1024
 """How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+LOCK_TIMEOUT = 20.0
+"""How long to wait for the writes of others to end, in seconds."""
+
+RUN_ATTRIBUTE = "user.pdiffcopy.run"
+"""The extended attribute that tells which run may write to a file (xattr(7))."""
 
 Chunk = bytes | memoryview | Piped
 """Octets on their way, cut anywhere."""
@@ -96,16 +110,29 @@ def write_block(filename: str, offset: int, data: bytes) -> None:
         file.write([Extent(offset, len(data))], [data])
 
 
-def resize_file(filename: str, size: int, namespace: Namespace = MACHINE, devices: bool = True) -> None:
+def resize_file(filename: str, size: int, namespace: Namespace = MACHINE, devices: bool = True, run: str = "") -> None:
     """
     Create or resize a local file, in preparation for synchronizing its contents.
 
     :param filename: An absolute filename (a string). Missing parent folders are created.
     :param size: The new size in bytes (an integer).
+    :param run: The run that has claimed the file, if one has.
     """
     _create(filename, namespace)
-    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file, file.writing(run):
         file.resize(size)
+
+
+def claim_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> bool:
+    """Let one run write to a file, and no earlier one any more (see :meth:`LocalFile.claim`)."""
+    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+        return file.claim(run)
+
+
+def release_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> None:
+    """End a claim. Raises :exc:`.TakenOverError` when it was lost before."""
+    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+        file.release(run)
 
 
 def sync_file(filename: str, namespace: Namespace = MACHINE, devices: bool = True) -> None:
@@ -245,15 +272,18 @@ class LocalFile:
         for offset, size in extents:
             for position in range(offset, offset + size, CHUNK_SIZE):
                 view = buffer[: min(CHUNK_SIZE, offset + size - position)]
-                while self.read_into(view, position) < len(view):
-                    self.check_size(position + len(view))
+                if self.read_into(view, position) < len(view):
+                    raise self._too_short(position + len(view))
                 yield view
 
     def check_size(self, size: int) -> None:
         """Raise an error when the file ends before it has this size (in bytes)."""
         if self.info().size < size:
-            text = "Can't read {filename} up to offset {offset}: the file has become shorter"
-            raise FileError(text, filename=self.filename, offset=size)
+            raise self._too_short(size)
+
+    def _too_short(self, size: int) -> FileError:
+        text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
+        return FileError(text, filename=self.filename, offset=size)
 
     def digest(self, extents: Iterable[Extent]) -> str:
         """The XXH128 digest of the octets of some extents, as 32 hexadecimal digits."""
@@ -262,24 +292,27 @@ class LocalFile:
             hasher.update(chunk)
         return hasher.hexdigest()
 
-    def write(self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "") -> None:
+    def write(self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "", run: str = "") -> None:
         """
         Write octets into extents, and check what lies there afterwards.
 
         :param extents: Where the octets belong, one extent after the other.
         :param chunks: The octets, cut anywhere, exactly as many as the extents take.
         :param digest: The XXH128 digest that the sender states (an empty string: there's nothing to check against).
-        :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs.
+        :param run: The run that has claimed the file (an empty string: none has).
+        :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs,
+                 :exc:`.TakenOverError` when another run has claimed the file.
         """
         hasher = xxhash.xxh3_128() if digest else None
         scratch = memoryview(bytearray(CHUNK_SIZE if digest else 0))
-        for offset, piece in spread(extents, chunks):
-            size = len(piece)
-            self._write_at(piece, offset)
-            # Read back at once: the octets are still in the cache of this core.
-            for start in range(0, size if hasher else 0, CHUNK_SIZE):
-                view = scratch[: min(CHUNK_SIZE, size - start)]
-                hasher.update(view[: self.read_into(view, offset + start)])  # type: ignore[union-attr]
+        with self.writing(run):
+            for offset, piece in spread(extents, chunks):
+                size = len(piece)
+                self._write_at(piece, offset)
+                # Read back at once: the octets are still in the cache of this core.
+                for start in range(0, size if hasher else 0, CHUNK_SIZE):
+                    view = scratch[: min(CHUNK_SIZE, size - start)]
+                    hasher.update(view[: self.read_into(view, offset + start)])  # type: ignore[union-attr]
         if hasher and hasher.hexdigest() != digest:
             text = "What lies in {filename} at offset {offset} isn't what was sent"
             raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
@@ -292,6 +325,74 @@ class LocalFile:
             while len(piece):
                 count = os.pwrite(self.fd, piece, offset)
                 piece, offset = piece[count:], offset + count
+
+    def claim(self, run: str) -> bool:
+        """
+        Let one run write to the file, and no earlier one any more.
+
+        The claim is an extended attribute, so it holds for whoever writes through pdiffcopy, on this machine or
+        elsewhere. It waits for writes in progress, so that they are over before the new run compares anything.
+
+        :returns: :data:`False` for a device, and where a file system has no such attributes.
+        """
+        with self._locked(fcntl.LOCK_EX):
+            try:
+                os.setxattr(self.fd, RUN_ATTRIBUTE, run.encode("ascii"))
+                return True
+            except OSError:
+                return False
+
+    def release(self, run: str) -> None:
+        """End a claim (that it has been ended before is no error, so that a request may be repeated)."""
+        with self._locked(fcntl.LOCK_EX):
+            if self._claimed_by() not in ("", run):
+                raise self._taken_over()
+            with suppress(OSError):
+                os.removexattr(self.fd, RUN_ATTRIBUTE)
+
+    @contextmanager
+    def writing(self, run: str) -> Iterator[None]:
+        """
+        Make sure that nobody claims the file meanwhile.
+
+        :param run: The run that has claimed the file (an empty string: none has).
+        :raises: :exc:`.TakenOverError` when a later run has.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            # No claim at all means that a later run has come and gone.
+            if run and self._claimed_by() != run:
+                raise self._taken_over()
+            yield
+
+    def _taken_over(self) -> TakenOverError:
+        return TakenOverError("Can't write to {filename}: another run has taken it over", filename=self.filename)
+
+    def _claimed_by(self) -> str:
+        try:
+            return os.getxattr(self.fd, RUN_ATTRIBUTE).decode("ascii", "replace")
+        except OSError:
+            return ""
+
+    @contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        with suppress(OSError):  # a network file system may not have locks
+            while not self._try_lock(kind):
+                if time.monotonic() > deadline:
+                    raise TakenOverError("Can't write to {filename}: others keep writing to it", filename=self.filename)
+                time.sleep(0.02)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def _try_lock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self.fd, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
 
     def resize(self, size: int) -> None:
         """Grow or cut the file. A device stays as it is, and has to be large enough."""

@@ -8,6 +8,10 @@ the code behind it can rely on ranges and types.
 The requests that version 1.0.1 knows are frozen (see docs/design.rst). What was added since is optional, and a client
 uses an addition only when the server lists it as a *feature* in its answer to ``/info``:
 
+:data:`FEATURE_CLAIM`
+    ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
+    the next claim or ``POST /release?filename=&run=``. ``POST /blocks`` and ``POST /resize`` with a ``run=`` that has
+    lost its claim answer 423, and so does the release. Without it they write as ever.
 :data:`FEATURE_DIGEST`
     ``GET /blocks`` with ``digest=1`` states the digest of the octets in the header :data:`DIGEST_HEADER`. On
     ``POST /blocks`` the client may state it; the server compares with what lies in the target after the write
@@ -36,14 +40,20 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 from pdiffcopy import DEFAULT_PORT, __version__
 from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError, UsageError
 
-INFO, HASHES, BLOCKS, RESIZE, SYNC = "info", "hashes", "blocks", "resize", "sync"
+INFO, HASHES, BLOCKS, RESIZE = "info", "hashes", "blocks", "resize"
+CLAIM, RELEASE, SYNC = "claim", "release", "sync"
 
 DIGEST_HEADER = "Pdiffcopy-Digest"
 PROBLEM_TYPE = "application/problem+json"
 SYNC_DONE = "done"
+VERIFIED = "verified"
+"""The member of the answer to ``POST /blocks`` that is true when what lies in the target was compared with a digest."""
+CLAIMED = "claimed"
+"""The member of the answer to ``POST /claim`` that is false when the file system can't hold a claim."""
 
-FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC = "digest", "extents", "resume", "sync"
-FEATURES = frozenset([FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC])
+FEATURE_CLAIM, FEATURE_DIGEST, FEATURE_EXTENTS = "claim", "digest", "extents"
+FEATURE_RESUME, FEATURE_SYNC = "resume", "sync"
+FEATURES = frozenset([FEATURE_CLAIM, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC])
 
 MAX_OFFSET = 2**63 - 1
 """The largest offset that Linux knows (``off_t``)."""
@@ -60,6 +70,7 @@ MAX_LINE = 1024
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _HASH_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\t([0-9a-f]{2,512})")
+_RUN = re.compile(r"[0-9a-f]{1,64}")
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
@@ -278,6 +289,14 @@ class Parameters:
             )
         return int(text)
 
+    @property
+    def run(self) -> str:
+        """The run that the request belongs to (empty when it doesn't tell)."""
+        run = self.values.get("run", "")
+        if "run" in self.values and not _RUN.fullmatch(run):
+            raise RequestError("The run {run} isn't a word of hexadecimal digits", run=repr(run[:80]))
+        return run
+
     def extents(self) -> list[Extent]:
         """The parameter ``extents``, or an empty list."""
         if "extents" not in self.values:
@@ -393,18 +412,13 @@ def _strings(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)][:1000] if isinstance(value, list) else []
 
 
-def encode_verified(verified: bool) -> dict[str, Any]:
-    """The answer to ``POST /blocks``."""
-    return {"verified": verified}
-
-
-def decode_verified(text: bytes) -> bool:
-    """Whether the answer to ``POST /blocks`` says that what lies in the target was compared with a digest."""
+def decode_flag(text: bytes, name: str) -> bool:
+    """Whether the answer to a request says that something is so (see :data:`VERIFIED` and :data:`CLAIMED`)."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(document, dict) and document.get("verified") is True
+    return isinstance(document, dict) and document.get(name) is True
 
 
 def encode_problem(status: int, title: str, detail: str, members: Mapping[str, Any] | None = None) -> str:

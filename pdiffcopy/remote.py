@@ -33,28 +33,34 @@ from pdiffcopy.exceptions import (
     ProgramError,
     ProtocolError,
     RemoteError,
+    TakenOverError,
     TransientError,
 )
 from pdiffcopy.locations import Network, Reading, Replica
 from pdiffcopy.operations import CHUNK_SIZE, Chunk
 from pdiffcopy.protocol import (
     BLOCKS,
+    CLAIM,
+    CLAIMED,
     DIGEST_HEADER,
+    FEATURE_CLAIM,
     FEATURE_RESUME,
     HASHES,
     INFO,
+    RELEASE,
     RESIZE,
     SYNC,
     SYNC_DONE,
+    VERIFIED,
     Address,
     BlockDigest,
     Extent,
     FileInfo,
     PeerInfo,
     check_digest,
+    decode_flag,
     decode_info,
     decode_problem,
-    decode_verified,
     format_extents,
     parse_hashes,
 )
@@ -66,7 +72,14 @@ _KNOWN_STATUS = frozenset(HTTPStatus)
 _TRANSIENT_STATUS = frozenset([502, 503, 504])
 _ERRORS = {
     error.http_status: error
-    for error in (AuthenticationError, DigestMismatchError, DiskFullError, FileMissingError, ForbiddenError)
+    for error in (
+        AuthenticationError,
+        DigestMismatchError,
+        DiskFullError,
+        FileMissingError,
+        ForbiddenError,
+        TakenOverError,
+    )
 }
 _MAX_DOCUMENT = 1024 * 1024
 """The longest JSON document that is read from a server, in bytes."""
@@ -152,25 +165,37 @@ class RemoteReplica(Replica):
             digest = check_digest(response.headers.get(DIGEST_HEADER, "")) if state_digest else ""
             yield Reading(self._exactly(size, response), digest)
 
-    def write(self, extents: Sequence[Extent], reading: Reading) -> None:
+    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`.Replica.write`."""
-        params = _place(extents)
+        params = _place(extents) | _name(run)
         params.pop("size", None)
         body = _Body(sum(extent.size for extent in extents), reading.chunks)
         headers = {DIGEST_HEADER: reading.digest} if reading.digest else {}
         with self._request("POST", BLOCKS, params, body, headers) as response:
             document = _read_document(response)
-        if reading.digest and not decode_verified(document):
+        if reading.digest and not decode_flag(document, VERIFIED):
             raise ProtocolError("{url}: the server didn't verify what it wrote", url=self.address)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, run: str = "") -> None:
         """See :meth:`.Replica.resize`."""
+        self._post(RESIZE, {"size": size} | _name(run))
 
-        def ask() -> None:
-            with self._request("POST", RESIZE, {"size": size}) as response:
-                _read_document(response)
+    def claim(self, run: str) -> bool:
+        """See :meth:`.Replica.claim`."""
+        if FEATURE_CLAIM not in self.peer.features:
+            return False
+        return decode_flag(self._post(CLAIM, _name(run)), CLAIMED)
 
-        self._patience().persist(ask)
+    def release(self, run: str) -> None:
+        """See :meth:`.Replica.release`."""
+        self._post(RELEASE, _name(run))
+
+    def _post(self, endpoint: str, params: dict[str, Any]) -> bytes:
+        def ask() -> bytes:
+            with self._request("POST", endpoint, params) as response:
+                return _read_document(response)
+
+        return self._patience().persist(ask)
 
     def sync(self) -> None:
         """See :meth:`.Replica.sync`."""
@@ -283,6 +308,10 @@ def _place(extents: Sequence[Extent]) -> dict[str, Any]:
     if len(extents) == 1:
         return {"offset": extents[0].offset, "size": extents[0].size}
     return {"extents": format_extents(extents)}
+
+
+def _name(run: str) -> dict[str, Any]:
+    return {"run": run} if run else {}
 
 
 def _check_head(response: requests.Response) -> None:

@@ -36,7 +36,7 @@ from pdiffcopy.exceptions import (
     TooLargeError,
 )
 from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
-from pdiffcopy.operations import CHUNK_SIZE, MACHINE, LocalFile, resize_file, sync_file
+from pdiffcopy.operations import CHUNK_SIZE, MACHINE, LocalFile, claim_file, release_file, resize_file, sync_file
 from pdiffcopy.protocol import Extent, Parameters
 from pdiffcopy.security import check_certificate, check_token, is_loopback, load_token
 
@@ -69,6 +69,8 @@ def create_app(settings: Settings) -> Flask:
         ("GET", wire.BLOCKS, views.read),
         ("POST", wire.BLOCKS, views.write),
         ("POST", wire.RESIZE, views.resize),
+        ("POST", wire.CLAIM, views.claim),
+        ("POST", wire.RELEASE, views.release),
         ("POST", wire.SYNC, views.sync),
     ):
         application.add_url_rule(f"/{endpoint}", view.__name__, view, methods=[method], provide_automatic_options=False)
@@ -153,16 +155,34 @@ class _Views:
             raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
         digest = request.headers.get(wire.DIGEST_HEADER, "")
         with self.open(write=True) as file:
-            file.write(extents, read_body(request.environ, length), digest and wire.check_digest(digest))
-        return wire.encode_verified(bool(digest))
+            file.write(
+                extents, read_body(request.environ, length), digest and wire.check_digest(digest), parameters.run
+            )
+        return {wire.VERIFIED: bool(digest)}
 
     def resize(self) -> Any:
         """``POST /resize``"""
         self.check_writable()
         parameters = Parameters(request.query_string)
         size = parameters.integer("size")
-        resize_file(parameters.filename, size, self.namespace, self.settings.devices)
+        resize_file(parameters.filename, size, self.namespace, self.settings.devices, parameters.run)
         return {"size": size}
+
+    def claim(self) -> Any:
+        """``POST /claim``"""
+        self.check_writable()
+        parameters = Parameters(request.query_string)
+        parameters.get("run")
+        claimed = claim_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
+        return {wire.CLAIMED: claimed}
+
+    def release(self) -> Any:
+        """``POST /release``"""
+        self.check_writable()
+        parameters = Parameters(request.query_string)
+        parameters.get("run")
+        release_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
+        return {wire.CLAIMED: False}
 
     def sync(self) -> Response:
         """``POST /sync``"""
