@@ -214,7 +214,7 @@ def test_by_hashes_the_target_is_still_checked(plan, monkeypatch):
     stated = []
 
     class Target(LocalReplica):
-        def write(self, extents, reading):
+        def write(self, extents, reading, *rest):
             stated.append((reading.digest, b"".join(map(bytes, reading.chunks))))
 
     replicas = {plan.source: LocalReplica(plan.source.filename), plan.target: Target(plan.target.filename)}
