@@ -32,12 +32,12 @@ PATIENCE = 20  # seconds
 def main() -> None:
     """Run the demonstration."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit("\nterminated, everything is cleaned up"))
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory(prefix="pdiffcopy-demo-") as folder:
             demonstrate(Path(folder))
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted, everything is cleaned up")
+        sys.exit("\nInterrupted, everything is cleaned up.")
 
 
 def demonstrate(folder: Path) -> None:
