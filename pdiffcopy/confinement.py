@@ -60,6 +60,8 @@ class Root(Namespace):
 
     def open(self, filename: str, flags: int, mode: int = 0) -> int:
         """See :meth:`.Namespace.open`."""
+        if "\0" in filename:
+            raise ValueError("embedded null byte")  # where the system call would end the name
         return (self._walk if self.walks else self._openat2)(filename, flags, mode)
 
     def make_folder(self, filename: str) -> None:
@@ -90,8 +92,10 @@ class Root(Namespace):
         try:
             while len(todo) > 1 or (todo and not flags & os.O_CREAT):
                 name = todo.pop()
-                if name == "..":
-                    if len(folders) > 1:
+                if name in (".", ".."):
+                    if not stat.S_ISDIR(os.fstat(folders[-1]).st_mode):
+                        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), filename)
+                    if name == ".." and len(folders) > 1:
                         os.close(folders.pop())
                     continue
                 fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folders[-1])
@@ -120,5 +124,5 @@ class Root(Namespace):
 
 
 def _split(path: str) -> list[str]:
-    """The components of a path, the last one first."""
-    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+    """The components of a path, the last one first. A slash at the end says that it's a folder, as a dot does."""
+    return [name for name in reversed(path.split("/") + ["."] * path.endswith("/")) if name]
