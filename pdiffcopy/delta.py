@@ -25,7 +25,9 @@ BATCH_SIZE = 16 * 1024 * 1024
 """How many bytes one request moves at most."""
 
 COMPARE_WINDOW = 128 * 1024 * 1024
-"""After how many compared bytes a batch is closed, even when it isn't full (or empty, to report progress)."""
+"""After how many compared bytes a batch is closed, even when it isn't full (or empty, to report progress)..."""
+FIRST_WINDOW = 16 * 1024 * 1024
+"""... and that of the first batch: it's doubled with each one, so that the network has something to do early on."""
 
 REORDER_WINDOW = 65536
 """How many blocks a peer may be ahead of the first block that it still owes us."""
@@ -128,7 +130,7 @@ def make_batches(
         if block.changed and not batch.has_room(block):
             yield batch.close()
         batch.add(block)
-        if batch.bytes_compared >= COMPARE_WINDOW:
+        if batch.bytes_compared >= batch.window:
             yield batch.close()
     if batch.blocks_compared:
         yield batch.close()
@@ -140,6 +142,7 @@ class _Accumulator:
     def __init__(self, max_extents: int, keep_digests: bool):
         self.max_extents = max_extents
         self.keep_digests = keep_digests
+        self.window = FIRST_WINDOW
         self.clear()
 
     def clear(self) -> None:
@@ -152,6 +155,7 @@ class _Accumulator:
             tuple(self.extents), tuple(self.digests), self.blocks_compared, self.blocks_changed, self.bytes_compared
         )
         self.clear()
+        self.window = min(2 * self.window, COMPARE_WINDOW)
         return batch
 
     def continues(self, block: Block) -> bool:

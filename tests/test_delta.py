@@ -196,6 +196,7 @@ def small_limits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delta, "BATCH_SIZE", 4 * BLOCK)
         patch.setattr(delta, "COMPARE_WINDOW", 12 * BLOCK)
+        patch.setattr(delta, "FIRST_WINDOW", 12 * BLOCK)
         yield
 
 
@@ -281,3 +282,10 @@ def test_batches_are_made_on_the_way(changed):
         assert len(taken) <= number * 12 + 1
         assert batch.size == (4 * BLOCK if changed else 0)
         assert batch.bytes_compared == (4 if changed else 12) * BLOCK
+
+
+def test_first_batches_come_early(monkeypatch):
+    """The first batch waits for a small part of the file only, each further one for twice as much, up to a limit."""
+    monkeypatch.setattr(delta, "FIRST_WINDOW", 2 * BLOCK)
+    batches = make_batches(make_blocks([False] * 38))
+    assert [batch.blocks_compared for batch in batches] == [2, 4, 8, 12, 12]
