@@ -27,7 +27,7 @@ html_extra_path = ["openapi.yaml"]
 def _show_usage_literally(app, what, name, obj, options, lines):
     """The docstring of the command line is what ``--help`` prints, which isn't reStructuredText."""
     if name == "pdiffcopy.cli":
-        lines[:] = ["What does the command line mean?", "", ".. code-block:: text", "", *(f"   {line}" for line in lines)]
+        lines[:] = ["What does the command line mean?", "", "::", "", *(f"   {line}" for line in lines)]
 
 
 def _avoid_keyword_references(app, what, name, obj, options, lines):
