@@ -1,0 +1,337 @@
+"""Tests for :mod:`pdiffcopy.remote`: what becomes of answers that are wrong, late or missing.
+
+(That the right ones are understood is shown in :mod:`tests.test_locations`.)
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from pdiffcopy.exceptions import (
+    AuthenticationError,
+    DigestMismatchError,
+    DiskFullError,
+    FileMissingError,
+    ForbiddenError,
+    ProgramError,
+    ProtocolError,
+    RemoteError,
+    TransientError,
+)
+from pdiffcopy.locations import Network, Reading
+from pdiffcopy.protocol import FEATURES, Address, Extent
+from pdiffcopy.remote import RemoteReplica
+from tests.support import find_free_port
+
+FILE = "/the file"
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """How long is waited between attempts is a matter of :mod:`pdiffcopy.retry`."""
+    monkeypatch.setattr("pdiffcopy.retry.FIRST_DELAY", 0.001)
+
+
+def answer(status: int = 200, body: bytes = b"", length: int | None = None, **headers: str) -> bytes:
+    """An HTTP response after which the connection is closed."""
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def describe(size: int = 10, **server) -> bytes:
+    """An answer to ``/info``."""
+    return answer(body=json.dumps({"size": size, "server": {"features": sorted(FEATURES), **server}}).encode())
+
+
+def problem(status: int, detail: str) -> bytes:
+    """A problem as RFC 9457 has it."""
+    return answer(status, json.dumps({"status": status, "detail": detail}).encode())
+
+
+@contextmanager
+def canned(*answers: bytes | None, **network):
+    """
+    A replica behind a server that gives these answers, one a connection, whatever it's asked.
+
+    None is an answer that never comes. Yields the replica and the list of the requests that arrived.
+    """
+    requests: list[bytes] = []
+    done = threading.Event()
+
+    def serve() -> None:
+        for canned_answer in answers:
+            with listener.accept()[0] as connection:
+                connection.settimeout(5)
+                requests.append(read_request(connection))
+                if canned_answer is None:
+                    done.wait(10)
+                else:
+                    connection.sendall(canned_answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        options = {"retries": 0, "timeout": 5, **network}
+        replica = RemoteReplica(Address(FILE, "127.0.0.1", listener.getsockname()[1]), Network(**options))
+        try:
+            yield replica, requests
+        finally:
+            done.set()
+            thread.join()
+            replica._session.close()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """The head and the body of a request."""
+    request = b""
+    while b"\r\n\r\n" not in request and (chunk := connection.recv(65536)):
+        request += chunk
+    head, _, body = request.partition(b"\r\n\r\n")
+    length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    while len(body) < length and (chunk := connection.recv(65536)):
+        body += chunk
+        request += chunk
+    return request
+
+
+def read(replica: RemoteReplica, *extents: Extent, state_digest: bool = False) -> bytes:
+    with replica.read(extents, state_digest) as reading:
+        return b"".join(map(bytes, reading.chunks))
+
+
+# What is sent {{{1
+
+
+def test_requests_are_spelled_the_frozen_way():
+    """One extent is an offset and a size, as an old server knows it."""
+    with canned(answer(body=b"0123456789"), answer(), answer()) as (replica, requests):
+        assert read(replica, Extent(5, 10)) == b"0123456789"
+        replica.write([Extent(7, 4)], Reading([b"da", b"ta"]))
+        replica.resize(9)
+    first, second, third = requests
+    assert first.startswith(b"GET /blocks?filename=%2Fthe+file&offset=5&size=10 HTTP/1.1\r\n")
+    assert second.startswith(b"POST /blocks?filename=%2Fthe+file&offset=7 HTTP/1.1\r\n")
+    assert b"Content-Length: 4\r\n" in second and second.endswith(b"\r\n\r\ndata")
+    assert b"chunked" not in second
+    assert third.startswith(b"POST /resize?filename=%2Fthe+file&size=9 HTTP/1.1\r\n")
+    assert b"Pdiffcopy-Digest" not in second
+
+
+def test_token_is_in_the_header_and_nowhere_else():
+    """Not in a URL, which ends up in logs."""
+    with canned(describe(), token="s3cret") as (replica, requests):
+        replica.info()
+    head, _, _ = requests[0].partition(b"\r\n")
+    assert b"s3cret" not in head
+    assert b"\r\nAuthorization: Bearer s3cret\r\n" in requests[0]
+
+
+def test_environment_has_no_say(monkeypatch):
+    """A proxy or a password file that's meant for browsers doesn't redirect copies."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{find_free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with canned(describe()) as (replica, _):
+        assert replica.info()[0].size == 10
+
+
+# Answers that say no {{{1
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, RemoteError), (401, AuthenticationError), (403, ForbiddenError), (404, FileMissingError),
+     (409, DigestMismatchError), (413, RemoteError), (416, RemoteError), (418, RemoteError), (500, RemoteError),
+     (501, RemoteError), (502, TransientError), (503, TransientError), (504, TransientError), (507, DiskFullError)],
+)  # fmt: skip
+def test_status_becomes_the_most_specific_error(status, kind):
+    """With the reason that the server gave, and the URL that it's about."""
+    with canned(problem(status, "because of this")) as (replica, _), pytest.raises(kind) as info:
+        replica.resize(1)
+    assert type(info.value) is kind
+    assert "because of this" in str(info.value)
+    assert str(replica.address) in str(info.value)
+    assert info.value.status == status
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<h1>Not yours</h1>", b"{}", b"[]", b'{"detail": 5}', b"\xff\xfe", b"[" * 100000, b'{"detail": ["x"]}'],
+)
+def test_error_without_a_reason_is_named_by_its_status(body):
+    """The body of a proxy isn't shown, and can't do harm."""
+    with canned(answer(403, body)) as (replica, _), pytest.raises(ForbiddenError, match="Forbidden"):
+        replica.resize(1)
+    with canned(answer(799, body)) as (replica, _), pytest.raises(RemoteError, match="HTTP status 799"):
+        replica.resize(1)
+
+
+def test_reason_of_a_server_is_escaped():
+    """What a server says can't move the cursor or forge a line."""
+    with canned(problem(403, "a\n\x1b[2Jb")) as (replica, _), pytest.raises(ForbiddenError) as info:
+        replica.resize(1)
+    assert "\n" not in str(info.value) and "\x1b" not in str(info.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(status):
+    """Nobody gets our octets or our token but the server that was named."""
+    with canned(answer(status, Location="http://127.0.0.1:1/x"), token="x") as (replica, requests):
+        with pytest.raises(RemoteError):
+            replica.info()
+    assert len(requests) == 1
+
+
+# Answers that are none {{{1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"5", b'"x"', b"{}", b'{"size": "5"}', b'{"size": -1}', b'{"size": 1.5}', b'{"size": null}',
+     b'{"size": true}', b'{"size": 9223372036854775808}', b'{"size": 5, "mtime_ns": "x"}', b'{"size": 5, "server": []}',
+     b"<html>", b"\xff", b"[" * 100000],
+)  # fmt: skip
+def test_nonsense_about_a_file_is_refused(body):
+    """What isn't the answer of a pdiffcopy server isn't believed."""
+    with canned(answer(body=body)) as (replica, _), pytest.raises(ProtocolError):
+        replica.info()
+
+
+def test_endless_document_is_refused():
+    """A server can't fill our memory with its answer to a small question."""
+    with canned(answer(body=b" " * (2 * 1024 * 1024))) as (replica, _), pytest.raises(ProtocolError, match="document"):
+        replica.info()
+
+
+@pytest.mark.parametrize("length", [0, 9, 11, 10**12])
+def test_wrong_number_of_octets_is_refused(length):
+    """It's the announced length that counts, before anything is written anywhere."""
+    response = answer(body=b"x" * min(length, 20), length=length)
+    with canned(response) as (replica, _), pytest.raises(ProtocolError, match="instead of 10"):
+        read(replica, Extent(0, 10))
+
+
+def test_octets_of_unknown_number_are_refused():
+    """A stream without a length may be cut anywhere, and nobody would notice."""
+    chunked = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n"
+    with canned(chunked) as (replica, _), pytest.raises(ProtocolError, match="unknown number"):
+        read(replica, Extent(0, 10))
+
+
+def test_octets_that_end_early_are_transient():
+    """The connection broke: it's worth another try."""
+    with canned(answer(body=b"01234", length=10)) as (replica, _), pytest.raises(TransientError):
+        read(replica, Extent(0, 10))
+
+
+def test_malformed_digest_is_refused():
+    """What the header carries has to be a digest."""
+    with canned(answer(body=b"0123456789", Pdiffcopy_Digest="nonsense")) as (replica, _):
+        with pytest.raises(ProgramError, match="hexadecimal"):
+            read(replica, Extent(0, 10), state_digest=True)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b"", b"0\taa\n", b"0\taa\n0\taa\n", b"0\taa\n5\tbb", b"0\taa\n3\tbb\n", b"0\taa\n5\tbbbb\n", b"0 aa\n5 bb\n",
+     b"0\taa\n-5\tbb\n", b"0\tzz\n5\tbb\n", b"\n\n", b"<html>\n", b"0\t" + b"a" * 5000, b"00\taa\n05\tbb\n"],
+)  # fmt: skip
+def test_impossible_hashes_are_refused(lines):
+    """Missing, repeated, cut, misplaced, of different lengths, malformed: none of it is believed."""
+    with canned(describe(), answer(body=lines)) as (replica, _), pytest.raises(ProtocolError):
+        list(replica.hashes(10, 5, "md5", 1))
+
+
+def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
+    """The file is longer there, which is no mistake; more lines than its size allows are one."""
+    with canned(describe(20, features=[]), answer(body=b"15\tdd\n5\tbb\n0\taa\n10\tcc\n")) as (replica, _):
+        assert list(replica.hashes(10, 5, "md5", 1)) == ["aa", "bb"]
+    lines = b"".join(b"%i\taa\n" % offset for offset in range(5, 100000, 5))
+    with canned(describe(20, features=[]), answer(body=lines)) as (replica, _):
+        with pytest.raises(ProtocolError, match="more hashes"):
+            list(replica.hashes(10, 5, "md5", 1))
+
+
+# Connections that fail {{{1
+
+
+def test_hashes_go_on_where_they_broke_off():
+    """What is known isn't hashed again by a server that can resume, and is skipped for one that can't."""
+    first = answer(body=b"0\taa\n5\tbb\n", length=100)
+    with canned(describe(20), first, answer(body=b"10\tcc\n15\tdd\n"), retries=1) as (replica, requests):
+        assert list(replica.hashes(20, 5, "md5", 1)) == ["aa", "bb", "cc", "dd"]
+    assert b"&offset=10 " in requests[2].splitlines()[0]
+    everything = answer(body=b"15\tdd\n10\tcc\n5\tbb\n0\taa\n")
+    with canned(describe(20, features=[]), first, everything, retries=1) as (replica, requests):
+        assert list(replica.hashes(20, 5, "md5", 1)) == ["aa", "bb", "cc", "dd"]
+    assert b"offset" not in requests[2].splitlines()[0]
+
+
+@pytest.mark.parametrize("failure", [b"", b"garbage\r\n\r\n", answer(503), answer(502, b"<html>"), answer(504)])
+def test_small_requests_are_repeated(failure):
+    """As many times as the user allows, then it's an error."""
+    with canned(failure, failure, describe(), retries=2) as (replica, requests):
+        assert replica.info()[0].size == 10
+    assert len(requests) == 3
+    with canned(failure, failure, retries=1) as (replica, _), pytest.raises(TransientError):
+        replica.info()
+
+
+@pytest.mark.parametrize("failure", [answer(500), answer(403), answer(body=b"nonsense")])
+def test_what_would_not_help_is_not_repeated(failure):
+    """An answer is an answer."""
+    with canned(failure, retries=5) as (replica, requests), pytest.raises(ProgramError):
+        replica.info()
+    assert len(requests) == 1
+
+
+def test_silence_is_an_error():
+    """A server that never answers costs the timeout and not the evening."""
+    with canned(None, timeout=0.2) as (replica, _), pytest.raises(TransientError, match="no sign of life for 0.2"):
+        replica.info()
+
+
+def test_refused_connection_is_one_line():
+    """The reason is that of the operating system, not the inside of a library."""
+    port = find_free_port()
+    replica = RemoteReplica(Address(FILE, "127.0.0.1", port), Network(retries=0))
+    with pytest.raises(TransientError) as info:
+        replica.info()
+    assert str(info.value) == f"http://127.0.0.1:{port}/the%20file: can't exchange info with the server: " \
+                              "Connection refused"  # fmt: skip
+
+
+def test_unknown_host_is_final():
+    """A name that doesn't exist won't exist in a second (RFC 6761 reserves .invalid)."""
+    replica = RemoteReplica(Address(FILE, "nothing.invalid"), Network(retries=3))
+    with pytest.raises(RemoteError) as info:
+        replica.info()
+    assert type(info.value) is RemoteError
+    assert "nothing.invalid" in str(info.value)
+
+
+# Flushing {{{1
+
+
+@pytest.mark.parametrize("body", [b"done\n", b"\n\n\ndone\n"])
+def test_flush_that_is_done(body):
+    """Empty lines keep the connection alive in the meantime."""
+    with canned(answer(body=body)) as (replica, _):
+        replica.sync()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(b"", "Insufficient"), (b"\n\n", "Insufficient"), (b"\n" + b'{"detail": "no room"}\n', "no room"),
+     (b"done\nnot\n", "Insufficient")],
+)  # fmt: skip
+def test_flush_that_is_not_done_is_an_error(body, reason):
+    """The status had been sent before it was known: it's the last line that counts."""
+    with canned(answer(body=body)) as (replica, _), pytest.raises(DiskFullError, match=reason):
+        replica.sync()
