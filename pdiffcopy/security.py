@@ -45,9 +45,7 @@ def load_token(filename: str = "") -> str:
 
 def _read_secret(filename: str) -> str:
     try:
-        # Without O_NONBLOCK, a FIFO would be waited for instead of refused.
-        fd = os.open(filename, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, encoding="ascii", errors="replace") as handle:
+        with open(filename, encoding="ascii", errors="replace", opener=_open_at_once) as handle:
             mode = os.fstat(handle.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise UsageError("The token file {filename} isn't a regular file", filename=filename)
@@ -60,6 +58,11 @@ def _read_secret(filename: str) -> str:
             return handle.read(_MAX_TOKEN + 1)
     except OSError as e:
         raise FileError.from_os_error(e, "read the token file", filename) from e
+
+
+def _open_at_once(filename: str, flags: int) -> int:
+    """Open a file, but wait for nobody who might write into a FIFO: it's about to be refused."""
+    return os.open(filename, flags | os.O_NONBLOCK)
 
 
 def check_token(expected: str, header: str) -> bool:
