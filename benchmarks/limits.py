@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import socket
 import struct
@@ -28,8 +29,6 @@ from functools import partial
 from typing import Any
 
 BLOCK_SIZE = 1024 * 1024
-CHUNK_SIZE = 256 * 1024
-"""How much is read or received at a time: what was read is still in the cache of the core when it's hashed."""
 PIECE_SIZE = 4 * 1024 * 1024
 """How much a process takes on at a time."""
 CORES = len(os.sched_getaffinity(0))
@@ -64,6 +63,16 @@ def get_hasher(method: str) -> Callable[[], Any]:
     return getattr(hashlib, method)
 
 
+def make_buffer(size: int) -> memoryview:
+    """
+    A buffer that begins at a page.
+
+    A large bytearray begins 16 bytes behind a page, and to copy a page of the page cache to there takes a processor
+    up to five times as long (seen on x86-64: the destination is a few bytes ahead of the source, modulo 4096).
+    """
+    return memoryview(mmap.mmap(-1, size))
+
+
 def _measure(step: Callable[[], None]) -> float:
     started = time.perf_counter()
     step()
@@ -87,14 +96,12 @@ def _hash(pieces: list[tuple[int, int, int]], method: str) -> None:
 
     def work() -> None:
         os.close(writer)
-        buffer = memoryview(bytearray(CHUNK_SIZE))
+        buffer = make_buffer(BLOCK_SIZE)
         while ticket := os.read(tickets, 4):
             fd, offset, size = pieces[struct.unpack("I", ticket)[0]]
-            for block in range(offset, offset + size, BLOCK_SIZE):
-                hasher = new_hasher()
-                for position in range(block, min(block + BLOCK_SIZE, offset + size), CHUNK_SIZE):
-                    hasher.update(buffer[: os.preadv(fd, [buffer], position)])
-                hasher.digest()
+            for position in range(offset, offset + size, BLOCK_SIZE):
+                length = min(BLOCK_SIZE, offset + size - position)
+                new_hasher(buffer[: os.preadv(fd, [buffer[:length]], position)]).digest()
 
     children = [_fork(work) for _ in range(CORES)]
     for number in range(len(pieces)):
@@ -127,7 +134,7 @@ def _send(sock: socket.socket, fd: int, pieces: list[tuple[int, int]]) -> None:
 
 
 def _receive(sock: socket.socket, fd: int, pieces: list[tuple[int, int]]) -> None:
-    buffer = memoryview(bytearray(CHUNK_SIZE))
+    buffer = make_buffer(BLOCK_SIZE)
     for offset, size in pieces:
         end = offset + size
         while offset < end:
