@@ -227,7 +227,7 @@ class Location(PropertyManager):
         """A human friendly label for the location (a string)."""
         return printable(str(self.address))
 
-    @cached_property
+    @cached_property(repr=False)
     def file_info(self) -> dict[str, Any]:
         """A dictionary with file metadata (empty when the file doesn't exist)."""
         if not self.hostname:
@@ -237,12 +237,12 @@ class Location(PropertyManager):
             return {}
         return {"size": info.size, "mtime_ns": info.mtime_ns, "file_id": info.file_id, "resizable": info.resizable}
 
-    @cached_property
+    @cached_property(repr=False)
     def exists(self) -> bool:
         """:data:`True` if the file exists, :data:`False` otherwise."""
         return bool(self.file_info)
 
-    @cached_property
+    @cached_property(repr=False)
     def file_size(self) -> int:
         """The size of the file in bytes (an integer)."""
         if not self.exists:

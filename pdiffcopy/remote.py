@@ -28,6 +28,7 @@ from pdiffcopy.exceptions import (
     AuthenticationError,
     DigestMismatchError,
     DiskFullError,
+    FileError,
     FileMissingError,
     ForbiddenError,
     ProgramError,
@@ -67,7 +68,8 @@ from pdiffcopy.protocol import (
 from pdiffcopy.retry import Patience
 from pdiffcopy.splice import Piped, receive
 
-_NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+_NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+"""What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
 _KNOWN_STATUS = frozenset(HTTPStatus)
 _TRANSIENT_STATUS = frozenset([502, 503, 504])
 _ERRORS = {
@@ -105,6 +107,7 @@ class RemoteReplica(Replica):
         if network.token:
             self._session.headers["Authorization"] = f"Bearer {network.token}"
         if network.ca_file:
+            _check_authority(network.ca_file)
             self._session.verify = network.ca_file
 
     def info(self) -> tuple[FileInfo, PeerInfo]:
@@ -312,6 +315,14 @@ def _place(extents: Sequence[Extent]) -> dict[str, Any]:
 
 def _name(run: str) -> dict[str, Any]:
     return {"run": run} if run else {}
+
+
+def _check_authority(filename: str) -> None:
+    """Find out before the first connection, which would be tried again and again."""
+    try:
+        ssl.create_default_context(cafile=filename)
+    except OSError as e:
+        raise FileError.from_os_error(e, "use the certificate authority", filename) from e
 
 
 def _check_head(response: requests.Response) -> None:

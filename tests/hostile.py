@@ -480,7 +480,8 @@ class HostileProcess:
 
     def __exit__(self, *exc_info: object) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
 
     @property
     def location(self) -> str:
@@ -490,7 +491,7 @@ class HostileProcess:
     def stop(self) -> list[str]:
         """End the server, and return a line for each request."""
         self.process.kill()
-        return self.process.communicate()[0].splitlines()
+        return self.process.stdout.read().splitlines()  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":
