@@ -157,7 +157,7 @@ class Bench:
         sample.changed = changed
         if case.contender.hash is not None:
             sample.details["steps"] = json.loads(self.output.read_text())
-        if job.server and not pair.is_equal():
+        if not pair.is_equal():
             raise ContenderError(f"{case.contender.name} left a target that differs from the source ({case.work})")
         _say(f"{case.group:8} {case.contender.name:27} {case.work:42} {sample.wall:8.3f} s")
         return sample

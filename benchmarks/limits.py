@@ -50,7 +50,7 @@ def main() -> None:
     print(json.dumps(times))
 
 
-def get_hasher(method: str) -> Callable[[], Any]:
+def get_hasher(method: str) -> Callable[..., Any]:
     """The bare class of a hash method: imported only if it's asked for, like a program would."""
     if method == "xxh128":
         from xxhash import xxh3_128
