@@ -22,7 +22,7 @@ from humanfriendly.tables import format_pretty_table
 
 from pdiffcopy.delta import block_length, count_blocks
 from pdiffcopy.exceptions import BenchmarkAbortedError, ProgramError, UsageError
-from pdiffcopy.operations import LocalFile
+from pdiffcopy.localfile import LocalFile
 from pdiffcopy.protocol import Extent
 
 if TYPE_CHECKING:

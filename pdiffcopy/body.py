@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdiffcopy.exceptions import RequestError
-from pdiffcopy.operations import CHUNK_SIZE, Chunk
+from pdiffcopy.localfile import CHUNK_SIZE, Chunk
 from pdiffcopy.splice import receive
 
 

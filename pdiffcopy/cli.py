@@ -323,7 +323,7 @@ def run_client(**options: Any) -> None:
         network=Network(**network),
         **options,
     )
-    _warn_of_eavesdroppers(client)
+    warn_of_eavesdroppers(client)
     try:
         if client.benchmark:
             outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
@@ -337,7 +337,8 @@ def run_client(**options: Any) -> None:
         print(json.dumps(outcome))
 
 
-def _warn_of_eavesdroppers(client: Client) -> None:
+def warn_of_eavesdroppers(client: Client) -> None:
+    """Warn when the token is going to travel in clear text."""
     for location in (client.source, client.target):
         if client.network.token and location.hostname and location.scheme == "http":
             if not is_loopback(location.hostname):

@@ -14,7 +14,7 @@ import os
 import stat
 
 from pdiffcopy.exceptions import FileError
-from pdiffcopy.operations import Namespace
+from pdiffcopy.localfile import Namespace
 
 _SYS_OPENAT2 = 437
 """The number of the system call on all architectures (linux/include/uapi/asm-generic/unistd.h)."""

@@ -19,8 +19,9 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException, UnsupportedTransferCoding
 from gunicorn.workers.gthread import ThreadWorker
 
+from pdiffcopy.address import join_host_port
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.protocol import PROBLEM_TYPE, encode_problem, join_host_port
+from pdiffcopy.protocol import PROBLEM_TYPE, encode_problem
 
 logger = logging.getLogger(__name__)
 

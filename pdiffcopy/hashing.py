@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.operations import CHUNK_SIZE, LocalFile
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
 from pdiffcopy.protocol import BlockDigest, Extent
 
 STRIPE_SIZE = 16 * 1024 * 1024

@@ -20,20 +20,12 @@ from typing import Any
 from property_manager import PropertyManager, cached_property, mutable_property
 
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_TIMEOUT
+from pdiffcopy.address import Address, parse_location
 from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
 from pdiffcopy.hashing import get_methods, hash_stripes
-from pdiffcopy.operations import (
-    Chunk,
-    LocalFile,
-    claim_file,
-    get_file_info,
-    read_block,
-    release_file,
-    resize_file,
-    stat_file,
-    sync_file,
-)
-from pdiffcopy.protocol import FEATURES, Address, Extent, FileInfo, PeerInfo, parse_location
+from pdiffcopy.localfile import Chunk, LocalFile
+from pdiffcopy.operations import claim_file, get_file_info, read_block, release_file, resize_file, stat_file, sync_file
+from pdiffcopy.protocol import FEATURES, Extent, FileInfo, PeerInfo
 
 
 @dataclass(frozen=True)

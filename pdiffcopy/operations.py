@@ -1,64 +1,21 @@
 """
-What can be done with a local file?
+What can be done with the file of a given name?
 
-These are the primitives that the client and the server share, and the only code that opens a file to be copied. The
-functions take the name of a file, :class:`LocalFile` keeps one open. Whatever the operating system refuses is a
-:exc:`.FileError` that names the file.
-
-A file is a regular file or a block device. Anything else (a folder, a FIFO, a terminal, a socket) is refused before
-it is opened, so that opening it can't block or have side effects, and once more afterwards, in case it was swapped.
+These are the primitives that the client and the server share. With :class:`.LocalFile`, which does the work, they are
+the only code that opens a file to be copied.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
-import xxhash
-
-from pdiffcopy.exceptions import (
-    DigestMismatchError,
-    FileError,
-    FileForbiddenError,
-    FileMissingError,
-    TakenOverError,
-)
+from pdiffcopy.exceptions import FileMissingError
+from pdiffcopy.localfile import MACHINE, LocalFile, Namespace, translating
 from pdiffcopy.protocol import Extent, FileInfo
-from pdiffcopy.splice import Piped
-
-CHUNK_SIZE = 256 * 1024
-"""How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-
-LOCK_TIMEOUT = 20.0
-"""How long to wait for the writes of others to end, in seconds."""
-
-RUN_ATTRIBUTE = "user.pdiffcopy.run"
-"""The extended attribute that tells which run may write to a file (xattr(7))."""
-
-Chunk = bytes | memoryview | Piped
-"""Octets on their way, cut anywhere."""
-
-
-class Namespace:
-    """How names become files: this one is the machine's own, :class:`.Root` confines them to a directory."""
-
-    def open(self, filename: str, flags: int, mode: int = 0) -> int:
-        """Open a file like :func:`os.open` does."""
-        return os.open(filename, flags, mode)
-
-    def make_folder(self, filename: str) -> None:
-        """Make a folder like :func:`os.mkdir` does."""
-        os.mkdir(filename)
-
-
-MACHINE = Namespace()
 
 
 def get_file_info(filename: str) -> dict[str, Any]:
@@ -140,7 +97,7 @@ def sync_file(filename: str, namespace: Namespace = MACHINE, devices: bool = Tru
     with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
         file.sync()
     folder = os.path.dirname(filename) or "."
-    with _translating("flush", folder):
+    with translating("flush", folder):
         fd = namespace.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -158,7 +115,7 @@ def stat_file(filename: str) -> FileInfo:
 
 
 def _create(filename: str, namespace: Namespace) -> None:
-    with _translating("create", filename):
+    with translating("create", filename):
         _make_folders(os.path.dirname(filename) or ".", namespace)
         with suppress(FileExistsError):
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
@@ -173,263 +130,3 @@ def _make_folders(folder: str, namespace: Namespace) -> None:
     for i in range(1, len(names) + 1):
         with suppress(FileExistsError):
             namespace.make_folder("/".join(names[:i]) or "/")
-
-
-@contextmanager
-def _translating(action: str, filename: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise FileError.from_os_error(e, action, filename) from e
-
-
-class LocalFile:
-    """An open regular file or block device (a context manager)."""
-
-    fd = -1
-
-    def __init__(self, filename: str, write: bool = False, namespace: Namespace = MACHINE, devices: bool = True):
-        """
-        Open a file.
-
-        :param filename: The name of the file.
-        :param write: Whether it's going to be written to (it can be read in any case).
-        :param namespace: What the name means.
-        :param devices: Whether a block device will do.
-        """
-        self.filename = filename
-        self.devices = devices
-        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        with _translating("open", filename):
-            path = namespace.open(filename, os.O_PATH | os.O_CLOEXEC)
-            try:
-                self._check_type(os.fstat(path))
-                self.fd = os.open(f"/proc/self/fd/{path}", flags)
-            finally:
-                os.close(path)
-
-    def _check_type(self, status: os.stat_result) -> None:
-        self.is_device = stat.S_ISBLK(status.st_mode)
-        if self.is_device and not self.devices:
-            reason = "it is a block device (--devices allows those)"
-        elif not self.is_device and not stat.S_ISREG(status.st_mode):
-            reason = "it is neither a regular file nor a block device"
-        else:
-            return
-        raise FileForbiddenError("Can't open {filename}: {reason}", filename=self.filename, reason=reason)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __enter__(self) -> LocalFile:
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def fileno(self) -> int:
-        """The descriptor."""
-        return self.fd
-
-    def info(self) -> FileInfo:
-        """Size and identity of the file."""
-        with _translating("examine", self.filename):
-            status = os.fstat(self.fd)
-            size = os.lseek(self.fd, 0, os.SEEK_END) if self.is_device else status.st_size
-        # The contents of a device change without a trace in its node: there is no time to compare.
-        mtime_ns = 0 if self.is_device else status.st_mtime_ns
-        return FileInfo(True, size, mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
-
-    def clip(self, extent: Extent) -> Extent:
-        """The part of an extent that lies within the file."""
-        return Extent(extent.offset, max(0, min(extent.size, self.info().size - extent.offset)))
-
-    def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
-        done = 0
-        with _translating("read", self.filename):
-            while done < len(view):
-                count = os.preadv(self.fd, [view[done:]], offset + done)
-                if not count:
-                    break
-                done += count
-        return done
-
-    def chunks(self, extents: Iterable[Extent]) -> Iterator[memoryview]:
-        """
-        Read extents.
-
-        :returns: A generator of memory views, each of which is valid until the next one is asked for.
-        :raises: :exc:`.FileError` when the file ends before an extent does.
-        """
-        buffer = memoryview(bytearray(CHUNK_SIZE))
-        for offset, size in extents:
-            for position in range(offset, offset + size, CHUNK_SIZE):
-                view = buffer[: min(CHUNK_SIZE, offset + size - position)]
-                if self.read_into(view, position) < len(view):
-                    raise self._too_short(position + len(view))
-                yield view
-
-    def check_size(self, size: int) -> None:
-        """Raise an error when the file ends before it has this size (in bytes)."""
-        if self.info().size < size:
-            raise self._too_short(size)
-
-    def _too_short(self, size: int) -> FileError:
-        text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
-        return FileError(text, filename=self.filename, offset=size)
-
-    def digest(self, extents: Iterable[Extent]) -> str:
-        """The XXH128 digest of the octets of some extents, as 32 hexadecimal digits."""
-        hasher = xxhash.xxh3_128()
-        for chunk in self.chunks(extents):
-            hasher.update(chunk)
-        return hasher.hexdigest()
-
-    def write(self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "", run: str = "") -> None:
-        """
-        Write octets into extents, and check what lies there afterwards.
-
-        :param extents: Where the octets belong, one extent after the other.
-        :param chunks: The octets, cut anywhere, exactly as many as the extents take.
-        :param digest: The XXH128 digest that the sender states (an empty string: there's nothing to check against).
-        :param run: The run that has claimed the file (an empty string: none has).
-        :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs,
-                 :exc:`.TakenOverError` when another run has claimed the file.
-        """
-        hasher = xxhash.xxh3_128() if digest else None
-        scratch = memoryview(bytearray(CHUNK_SIZE if digest else 0))
-        with self.writing(run):
-            for offset, piece in spread(extents, chunks):
-                size = len(piece)
-                self._write_at(piece, offset)
-                # Read back at once: the octets are still in the cache of this core.
-                for start in range(0, size if hasher else 0, CHUNK_SIZE):
-                    view = scratch[: min(CHUNK_SIZE, size - start)]
-                    hasher.update(view[: self.read_into(view, offset + start)])  # type: ignore[union-attr]
-        if hasher and hasher.hexdigest() != digest:
-            text = "What lies in {filename} at offset {offset} isn't what was sent"
-            raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
-
-    def _write_at(self, piece: memoryview | Piped, offset: int) -> None:
-        with _translating("write to", self.filename):
-            if isinstance(piece, Piped):
-                piece.move_to(self.fd, offset)
-                return
-            while len(piece):
-                count = os.pwrite(self.fd, piece, offset)
-                piece, offset = piece[count:], offset + count
-
-    def claim(self, run: str) -> bool:
-        """
-        Let one run write to the file, and no earlier one any more.
-
-        The claim is an extended attribute, so it holds for whoever writes through pdiffcopy, on this machine or
-        elsewhere. It waits for writes in progress, so that they are over before the new run compares anything.
-
-        :returns: :data:`False` for a device, and where a file system has no such attributes.
-        """
-        with self._locked(fcntl.LOCK_EX):
-            try:
-                os.setxattr(self.fd, RUN_ATTRIBUTE, run.encode("ascii"))
-                return True
-            except OSError:
-                return False
-
-    def release(self, run: str) -> None:
-        """End a claim (that it has been ended before is no error, so that a request may be repeated)."""
-        with self._locked(fcntl.LOCK_EX):
-            if self._claimed_by() not in ("", run):
-                raise self._taken_over()
-            with suppress(OSError):
-                os.removexattr(self.fd, RUN_ATTRIBUTE)
-
-    @contextmanager
-    def writing(self, run: str) -> Iterator[None]:
-        """
-        Make sure that nobody claims the file meanwhile.
-
-        :param run: The run that has claimed the file (an empty string: none has).
-        :raises: :exc:`.TakenOverError` when a later run has.
-        """
-        with self._locked(fcntl.LOCK_SH):
-            # No claim at all means that a later run has come and gone.
-            if run and self._claimed_by() != run:
-                raise self._taken_over()
-            yield
-
-    def _taken_over(self) -> TakenOverError:
-        return TakenOverError("Can't write to {filename}: another run has taken it over", filename=self.filename)
-
-    def _claimed_by(self) -> str:
-        try:
-            return os.getxattr(self.fd, RUN_ATTRIBUTE).decode("ascii", "replace")
-        except OSError:
-            return ""
-
-    @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
-        deadline = time.monotonic() + LOCK_TIMEOUT
-        with suppress(OSError):  # a network file system may not have locks
-            while not self._try_lock(kind):
-                if time.monotonic() > deadline:
-                    raise TakenOverError("Can't write to {filename}: others keep writing to it", filename=self.filename)
-                time.sleep(0.02)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
-
-    def _try_lock(self, kind: int) -> bool:
-        try:
-            fcntl.flock(self.fd, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-
-    def resize(self, size: int) -> None:
-        """Grow or cut the file. A device stays as it is, and has to be large enough."""
-        if not self.is_device:
-            with _translating("resize", self.filename):
-                os.ftruncate(self.fd, size)
-        elif size > self.info().size:
-            text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
-            raise FileForbiddenError(text, filename=self.filename, size=size)
-
-    def sync(self) -> None:
-        """Flush the file to its disk."""
-        with _translating("flush", self.filename):
-            os.fsync(self.fd)
-
-
-def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple[int, memoryview | Piped]]:
-    """
-    Find out where octets belong.
-
-    :param extents: The extents to fill, one after the other.
-    :param chunks: The octets, cut anywhere.
-    :returns: A generator of tuples of an offset and the octets that belong there.
-    :raises: :exc:`ValueError` when there are more octets than the extents take, or fewer.
-    """
-    remaining = list(reversed(extents))
-    offset = room = 0
-    for chunk in chunks:
-        view = chunk if isinstance(chunk, Piped) else memoryview(chunk)
-        while size := len(view):
-            while not room:
-                if not remaining:
-                    raise ValueError("more octets than the extents take")
-                offset, room = remaining.pop()
-            size = min(size, room)
-            piece, view = view[:size], view[size:]
-            yield offset, piece
-            offset, room = offset + size, room - size
-    if room or any(extent.size for extent in remaining):
-        raise ValueError("fewer octets than the extents take")

@@ -30,11 +30,12 @@ from functools import partial
 
 import xxhash
 
+from pdiffcopy.address import Address
 from pdiffcopy.delta import Batch, Block, block_length, compare, make_batches
 from pdiffcopy.exceptions import DigestMismatchError, VerificationError
 from pdiffcopy.hashing import get_hasher
 from pdiffcopy.locations import Network, Reading, open_replica
-from pdiffcopy.protocol import MAX_EXTENTS, Address
+from pdiffcopy.protocol import MAX_EXTENTS
 from pdiffcopy.retry import Patience
 
 VERIFY_ATTEMPTS = 3

@@ -23,6 +23,7 @@ import requests
 import urllib3
 
 from pdiffcopy import __version__
+from pdiffcopy.address import Address
 from pdiffcopy.delta import count_blocks, in_order
 from pdiffcopy.exceptions import (
     AuthenticationError,
@@ -37,8 +38,8 @@ from pdiffcopy.exceptions import (
     TakenOverError,
     TransientError,
 )
+from pdiffcopy.localfile import CHUNK_SIZE, Chunk
 from pdiffcopy.locations import Network, Reading, Replica
-from pdiffcopy.operations import CHUNK_SIZE, Chunk
 from pdiffcopy.protocol import (
     BLOCKS,
     CLAIM,
@@ -53,7 +54,6 @@ from pdiffcopy.protocol import (
     SYNC,
     SYNC_DONE,
     VERIFIED,
-    Address,
     BlockDigest,
     Extent,
     FileInfo,

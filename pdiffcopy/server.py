@@ -23,6 +23,7 @@ from werkzeug.wsgi import wrap_file
 
 from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy import protocol as wire
+from pdiffcopy.address import parse_listen
 from pdiffcopy.body import read_body
 from pdiffcopy.confinement import Root
 from pdiffcopy.exceptions import (
@@ -36,7 +37,8 @@ from pdiffcopy.exceptions import (
     TooLargeError,
 )
 from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
-from pdiffcopy.operations import CHUNK_SIZE, MACHINE, LocalFile, claim_file, release_file, resize_file, sync_file
+from pdiffcopy.localfile import CHUNK_SIZE, MACHINE, LocalFile
+from pdiffcopy.operations import claim_file, release_file, resize_file, sync_file
 from pdiffcopy.protocol import Extent, Parameters
 from pdiffcopy.security import check_certificate, check_token, is_loopback, load_token
 
@@ -298,7 +300,7 @@ def start_server(
     """
     from pdiffcopy.daemon import Daemon
 
-    host, port = wire.parse_listen(address or str(DEFAULT_PORT))
+    host, port = parse_listen(address or str(DEFAULT_PORT))
     check_certificate(certfile, keyfile)
     settings = settings or Settings(token=load_token())
     if warning := describe_exposure(settings, host):

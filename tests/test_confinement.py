@@ -10,7 +10,8 @@ import pytest
 
 from pdiffcopy.confinement import Root
 from pdiffcopy.exceptions import FileError, FileForbiddenError, FileMissingError
-from pdiffcopy.operations import LocalFile, resize_file, sync_file
+from pdiffcopy.localfile import LocalFile
+from pdiffcopy.operations import resize_file, sync_file
 
 READ = os.O_RDONLY | os.O_CLOEXEC
 LOOK = os.O_PATH | os.O_CLOEXEC

@@ -16,7 +16,7 @@ import xxhash
 from pdiffcopy import hashing
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
 from pdiffcopy.hashing import compute_hashes, get_hasher, get_methods, hash_stripes, hash_worker
-from pdiffcopy.operations import CHUNK_SIZE, LocalFile
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
 from tests.support import write_pattern
 
 SMALL_STRIPE = 4096

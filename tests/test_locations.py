@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 import xxhash
 
+from pdiffcopy.address import Address
 from pdiffcopy.exceptions import (
     DigestMismatchError,
     FileMissingError,
@@ -18,7 +19,7 @@ from pdiffcopy.exceptions import (
     UsageError,
 )
 from pdiffcopy.locations import LocalReplica, Location, Network, Reading, Replica, open_replica
-from pdiffcopy.protocol import FEATURES, Address, Extent, FileInfo
+from pdiffcopy.protocol import FEATURES, Extent, FileInfo
 from pdiffcopy.remote import RemoteReplica
 from tests.support import make_data, snapshot, write_pattern
 

@@ -21,14 +21,12 @@ from pdiffcopy.exceptions import (
     FileMissingError,
     FileNameError,
 )
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, spread
 from pdiffcopy.operations import (
-    CHUNK_SIZE,
-    LocalFile,
     get_file_info,
     get_file_size,
     read_block,
     resize_file,
-    spread,
     stat_file,
     sync_file,
     write_block,

@@ -10,11 +10,12 @@ import pytest
 import xxhash
 
 from pdiffcopy import pipeline
+from pdiffcopy.address import Address
 from pdiffcopy.delta import Batch
 from pdiffcopy.exceptions import DigestMismatchError, FileError, ProtocolError, TransientError, VerificationError
 from pdiffcopy.locations import LocalReplica, Network, Reading
 from pdiffcopy.pipeline import VERIFY_ATTEMPTS, Plan, Result, find_blocks, generate_batches, transfer_batch
-from pdiffcopy.protocol import Address, BlockDigest, Extent
+from pdiffcopy.protocol import BlockDigest, Extent
 from tests.support import make_data, write_pattern
 
 BLOCK = 1000

@@ -11,6 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pdiffcopy import DEFAULT_PORT
+from pdiffcopy.address import Address, join_host_port, parse_listen, parse_location
 from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError, UsageError
 from pdiffcopy.protocol import (
     FEATURES,
@@ -18,7 +19,6 @@ from pdiffcopy.protocol import (
     MAX_EXTENTS,
     MAX_LINE,
     MAX_OFFSET,
-    Address,
     BlockDigest,
     Extent,
     FileInfo,
@@ -32,10 +32,7 @@ from pdiffcopy.protocol import (
     encode_problem,
     format_extents,
     format_hashes,
-    join_host_port,
     parse_hashes,
-    parse_listen,
-    parse_location,
 )
 
 # What a command line can carry: all characters but NUL, and octets that aren't UTF-8 as lone surrogates.
@@ -278,9 +275,7 @@ def test_any_query_is_parsed_or_refused(query):
         assert str(e).isprintable()
 
 
-@pytest.mark.parametrize(
-    "text, expected", [("0", 0), ("7", 7), (str(MAX_OFFSET), MAX_OFFSET)]
-)
+@pytest.mark.parametrize("text, expected", [("0", 0), ("7", 7), (str(MAX_OFFSET), MAX_OFFSET)])
 def test_integers(text, expected):
     """Plain decimal numbers from 0 to the largest offset that there is."""
     assert make_parameters(n=text).integer("n") == expected

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from pdiffcopy.address import Address
 from pdiffcopy.exceptions import (
     AuthenticationError,
     DigestMismatchError,
@@ -24,7 +25,7 @@ from pdiffcopy.exceptions import (
     TransientError,
 )
 from pdiffcopy.locations import Network, Reading
-from pdiffcopy.protocol import FEATURES, Address, Extent
+from pdiffcopy.protocol import FEATURES, Extent
 from pdiffcopy.remote import RemoteReplica
 from tests.support import find_free_port
 

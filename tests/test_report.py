@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from pdiffcopy.address import Address
 from pdiffcopy.locations import Network
 from pdiffcopy.pipeline import Plan, Result
-from pdiffcopy.protocol import Address
 from pdiffcopy.report import Report
 
 MIB = 1024 * 1024

@@ -265,16 +265,20 @@ MISTAKES = [
     ("POST", "resize", {"size": "1", "filename": None}, 400),
     ("POST", "sync", {"filename": None}, 400),
     # Malformed, negative, absurdly large.
-    *[("GET", "hashes", {**HASH, "block_size": value}, 400) for value in ("", "0", "-1", "x", "1.5", "1e3", "+1", " 1",
-                                                                        "0x10", "1_000", "٣", "01")],
+    *[
+        ("GET", "hashes", {**HASH, "block_size": value}, 400)
+        for value in ("", "0", "-1", "x", "1.5", "1e3", "+1", " 1", "0x10", "1_000", "٣", "01")
+    ],
     *[("GET", "hashes", {**HASH, "concurrency": value}, 400) for value in ("", "0", "-1", "many")],
     *[("GET", "hashes", {**HASH, "method": value}, 400) for value in ("", "nonsense", "shake_128", "sha1\0", "é")],
     *[("GET", "hashes", {**HASH, "offset": value}, 400) for value in ("", "-4096", "1", "x")],
     *[("GET", "blocks", {**READ, "offset": value}, 400) for value in ("", "-1", "x", "NaN", "1" * 5000)],
     *[("GET", "blocks", {**READ, "size": value}, 400) for value in ("", "-1", "x")],
     *[("GET", "blocks", {**READ, "digest": value}, 400) for value in ("", "-1", "yes")],
-    *[("GET", "blocks", {"extents": value}, 400) for value in ("", "1", "1:", ":1", "1:0", "-1:1", "1:1,", "1:1;2:1",
-                                                            "a:b", "1:1:1", "0:" + "9" * 30)],
+    *[
+        ("GET", "blocks", {"extents": value}, 400)
+        for value in ("", "1", "1:", ":1", "1:0", "-1:1", "1:1,", "1:1;2:1", "a:b", "1:1:1", "0:" + "9" * 30)
+    ],
     *[("POST", "blocks", {"offset": value}, 400) for value in ("", "-1", "x", "1" * 30)],
     *[("POST", "resize", {"size": value}, 400) for value in ("", "-1", "x", "1" * 30)],
     ("GET", "hashes", {**HASH, "block_size": str(2**30 + 1)}, 413),
