@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+
 import pytest
 
-from tests.support import start_old_peer, start_server
+from tests.support import start_old_peer, start_server, write_pattern
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +47,49 @@ def launch_old(tmp_path_factory):
     yield launch_old
     for peer in peers:
         peer.stop()
+
+
+@pytest.fixture
+def no_hang():
+    """What waits for ever is ended."""
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("The test hangs"))
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def no_descriptor_left():
+    """No operation leaves a file open, whether it succeeds or not."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for a few pages."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def device(tmp_path):
+    """A block device of 64 KiB."""
+    image = tmp_path / "image"
+    write_pattern(image, 64 * 1024)
+    command = ["losetup", "--find", "--show", str(image)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there are no loop devices here")
+    if result.returncode:
+        pytest.skip(f"a block device can't be made here: {result.stderr.strip()}")
+    yield result.stdout.strip()
+    subprocess.run(["losetup", "--detach", result.stdout.strip()], check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 
 import pytest
@@ -17,15 +16,7 @@ READ = os.O_RDONLY | os.O_CLOEXEC
 LOOK = os.O_PATH | os.O_CLOEXEC
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    """What waits for ever is ended."""
-    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("The test hangs"))
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
+pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
-"""The wire contract: locations, parameters, hash lines, file information, problems."""
+"""The wire contract: parameters, hash lines, file information, problems."""
 
 from __future__ import annotations
 
 import json
 import os
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import urlencode
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy import DEFAULT_PORT
-from pdiffcopy.address import Address, join_host_port, parse_listen, parse_location
-from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError, UsageError
+from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError
 from pdiffcopy.protocol import (
     FEATURES,
     MAX_BLOCK_SIZE,
@@ -34,187 +32,6 @@ from pdiffcopy.protocol import (
     format_hashes,
     parse_hashes,
 )
-
-# What a command line can carry: all characters but NUL, and octets that aren't UTF-8 as lone surrogates.
-ARGUMENTS = st.text(st.one_of(st.characters(codec="utf-8"), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)))
-
-# Locations {{{1
-
-
-@pytest.mark.parametrize(
-    "expression, filename, hostname, port, scheme",
-    [
-        ("http://host:123/a/b", "/a/b", "host", 123, "http"),
-        ("http://host/a", "/a", "host", DEFAULT_PORT, "http"),
-        ("https://host/a", "/a", "host", DEFAULT_PORT, "https"),
-        ("http://[::1]:99/a", "/a", "::1", 99, "http"),
-        ("http://10.0.0.1/a%20b%3F%23%25%2B+c", "/a b?#%++c", "10.0.0.1", DEFAULT_PORT, "http"),
-        ("http://host/%C3%A9%FF%0A", "/é\udcff\n", "host", DEFAULT_PORT, "http"),
-        ("http://host/é", "/é", "host", DEFAULT_PORT, "http"),
-        ("http://host/\udcff", "/\udcff", "host", DEFAULT_PORT, "http"),
-        ("http://host//a//b", "//a//b", "host", DEFAULT_PORT, "http"),
-        ("http://host/a:b@c", "/a:b@c", "host", DEFAULT_PORT, "http"),
-        ("host:/a", "/a", "host", DEFAULT_PORT, "http"),
-        ("host:123/a/b", "/a/b", "host", 123, "http"),
-        ("my-host.example_1.org:1/a", "/a", "my-host.example_1.org", 1, "http"),
-        ("host:65535/a%20b?c#d +\n:é\udcff", "/a%20b?c#d +\n:é\udcff", "host", 65535, "http"),
-        ("[::1]:8/a", "/a", "::1", 8, "http"),
-        ("[fe80::1%eth0]:8/a", "/a", "fe80::1%eth0", 8, "http"),
-        ("[::ffff:1.2.3.4]:/a", "/a", "::ffff:1.2.3.4", DEFAULT_PORT, "http"),
-    ],
-)
-def test_remote_locations(expression, filename, hostname, port, scheme):
-    """URLs are percent-decoded, the short form is literal."""
-    assert parse_location(expression) == Address(filename, hostname, port, scheme)
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "x", "/a/b", "a/b", ".", "..", "-", "x:1.img", "x:1", "host:", "host:8080", "host:8080x/a", "host:a/b", ":/a",
-        "./host:8080/x", "/host:8080/x", "a/b:/c", "/http://host/a", "a b", " ", "a\nb", "é\udcff", "::1/a", "[::1]/a",
-        "a:b:/c", "host:-1/a", "%41", "\x1b[2J:/c",
-    ],
-)  # fmt: skip
-def test_local_locations(expression):
-    """Everything else is the name of a local file, as it is."""
-    address = parse_location(expression)
-    assert address == Address(expression)
-    assert str(address) == expression
-    assert not address.hostname
-
-
-@pytest.mark.parametrize(
-    "expression, complaint",
-    [
-        ("", "empty"),
-        ("a\0b", "NUL"),
-        ("host:/a\0b", "NUL"),
-        ("http://host/a\0", "NUL"),
-        ("http://host/%00", "NUL"),
-        ("http://host", "no file"),
-        ("http://host/", "no file"),
-        ("host:/", "no file"),
-        ("host:80/", "no file"),
-        ("http://", "no file"),
-        ("http:///a", "host name"),
-        ("https://:8080/a", "host name"),
-        ("http://a%41/b", "host name"),
-        ("a b:/c", "host name"),
-        ("ö:/c", "host name"),
-        ("[]:/a", "host name"),
-        ("[:::::]:/a", "host name"),
-        ("[::1%]:/a", "host name"),
-        ("http://[::1/a", "valid URL"),
-        ("http://host/a b", "%20"),
-        ("http://host/a\nb", "%20"),
-        ("http://host/a?b", "%3F"),
-        ("http://host/a?", "%3F"),
-        ("http://host/a#b", "%23"),
-        ("http://host/a#", "%23"),
-        ("http://host:x/a", "valid URL"),
-        ("http://host:0/a", "65535"),
-        ("http://host:65536/a", None),
-        ("host:0/a", "65535"),
-        ("host:65536/a", "65535"),
-        ("host:٣/a", "65535"),
-        ("host:" + "9" * 5000 + "/a", "65535"),
-        ("http://host:" + "9" * 5000 + "/a", None),
-        ("http://me@host/a", "password"),
-        ("http://me:secret@host/a", "password"),
-    ],
-)
-def test_impossible_locations(expression, complaint):
-    """What looks remote but can't be is refused, and the message says why (a password isn't repeated in it)."""
-    with pytest.raises(UsageError, match=complaint) as info:
-        parse_location(expression)
-    assert "secret" not in str(info.value)
-
-
-LOCATIONS = st.one_of(
-    ARGUMENTS,
-    st.builds("http://{}".format, ARGUMENTS),
-    st.builds("https://{}/{}".format, ARGUMENTS, ARGUMENTS),
-    st.builds("host:{}/{}".format, ARGUMENTS, ARGUMENTS),
-    st.builds("[{}]:{}/{}".format, st.text("0123456789abcdef:.%[]"), st.integers(), ARGUMENTS),
-    st.text("hpst:/[]@?#%0123456789 \0\n"),
-)
-
-
-@given(LOCATIONS)
-@example("http://[")
-@example("http://[v1.x]/a")
-@example("http://ab\u2100c/x")
-def test_any_location_is_parsed_or_refused(expression):
-    """Nothing but a usage error comes of nonsense, and what was understood can be spelled and understood again."""
-    try:
-        address = parse_location(expression)
-    except UsageError as e:
-        assert str(e).isprintable()
-        return
-    assert address.filename and "\0" not in address.filename
-    assert 0 < address.port < 65536
-    again = parse_location(str(address))
-    # A URL spells the name of a host in small letters.
-    assert again._replace(hostname="") == address._replace(hostname="")
-    assert again.hostname.lower() == address.hostname.lower()
-
-
-@given(ARGUMENTS.map("/".__add__), st.sampled_from(["host", "::1", "10.0.0.1"]), st.integers(1, 65535))
-def test_any_remote_name_survives_its_url(filename, hostname, port):
-    """The URL of a file is plain ASCII, and both its spelling and its query lead back to the same octets."""
-    assume(filename.strip("/") and "\0" not in filename)
-    for scheme in ("http", "https"):
-        address = Address(filename, hostname, port, scheme)
-        assert str(address).isascii()
-        assert parse_location(str(address)) == address
-        url = urlsplit(address.url("blocks", offset=7))
-        assert (url.scheme, url.hostname, url.port, url.path) == (scheme, hostname, port, "/blocks")
-        params = Parameters(url.query.encode("ascii"))
-        assert (params.filename, params.integer("offset")) == (filename, 7)
-
-
-@pytest.mark.parametrize(
-    "expression, expected",
-    [
-        ("8080", ("", 8080)),
-        ("1", ("", 1)),
-        ("host", ("host", DEFAULT_PORT)),
-        ("127.0.0.1", ("127.0.0.1", DEFAULT_PORT)),
-        ("127.0.0.1:99", ("127.0.0.1", 99)),
-        ("host:99", ("host", 99)),
-        ("[::1]", ("::1", DEFAULT_PORT)),
-        ("[::1]:99", ("::1", 99)),
-        ("[::]:99", ("::", 99)),
-        (":99", ("", 99)),
-    ],
-)
-def test_listen_addresses(expression, expected):
-    """PORT, HOST, HOST:PORT and [v6]:PORT."""
-    assert parse_listen(expression) == expected
-
-
-@pytest.mark.parametrize(
-    "expression",
-    ["", "0", "65536", "host:", "host:x", "host:0", "host:-1", "::1", "::1:99", "[::1", "[::1]99", "[::1]:", "[]:99",
-     "a b", "a/b:1", "host:1:2", "٣", "9" * 5000],
-)  # fmt: skip
-def test_impossible_listen_addresses(expression):
-    """Everything else is refused."""
-    with pytest.raises(UsageError):
-        parse_listen(expression)
-
-
-@given(st.text())
-def test_any_listen_address_is_parsed_or_refused(expression):
-    """Nothing but a usage error comes of nonsense."""
-    try:
-        host, port = parse_listen(expression)
-    except UsageError:
-        return
-    assert 0 < port < 65536
-    assert not host or parse_listen(join_host_port(host, port)) == (host, port)
-
 
 # Parameters {{{1
 
@@ -555,12 +372,3 @@ def test_endless_problem_is_cut():
 def test_any_problem_is_understood(text):
     """Whatever a server sends, a short text comes of it."""
     assert len(decode_problem(text)) <= 400
-
-
-def test_queries_are_those_of_the_frozen_protocol():
-    """A request reads like one of version 1.0.1."""
-    url = Address("/a b", "host", 99).url("hashes", block_size=10, method="sha1", concurrency=2)
-    assert url.startswith("http://host:99/hashes?")
-    expected = {"filename": ["/a b"], "block_size": ["10"], "method": ["sha1"], "concurrency": ["2"]}
-    assert parse_qs(urlsplit(url).query, strict_parsing=True) == expected
-    assert quote("/a b") in str(Address("/a b", "host", 99))
