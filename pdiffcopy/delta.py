@@ -29,6 +29,9 @@ COMPARE_WINDOW = 128 * 1024 * 1024
 FIRST_WINDOW = 16 * 1024 * 1024
 """... and that of the first batch: it's doubled with each one, so that the network has something to do early on."""
 
+BATCH_BLOCKS = 65536
+"""How many changed blocks make up a batch at most: their digests may have to travel with it."""
+
 REORDER_WINDOW = 65536
 """How many blocks a peer may be ahead of the first block that it still owes us."""
 
@@ -164,7 +167,7 @@ class _Accumulator:
     def has_room(self, block: Block) -> bool:
         if not self.extents:
             return True
-        if self.size + block.size > BATCH_SIZE:
+        if self.size + block.size > BATCH_SIZE or self.blocks_changed == BATCH_BLOCKS:
             return False
         return len(self.extents) < self.max_extents or self.continues(block)
 

@@ -166,12 +166,18 @@ class DiskFullError(FileError):
     http_status = 507
 
 
+class FileTooLargeError(FileError):
+    """Raised for a size that no file can have here."""
+
+    http_status = 413
+
+
 _FILE_ERRORS: dict[int, type[FileError]] = {
     errno.EACCES: FileForbiddenError,
     errno.EBUSY: FileForbiddenError,
     errno.EDQUOT: DiskFullError,
     errno.EEXIST: FileForbiddenError,
-    errno.EFBIG: DiskFullError,
+    errno.EFBIG: FileTooLargeError,
     errno.EINVAL: FileNameError,
     errno.EISDIR: FileForbiddenError,
     errno.ELOOP: FileForbiddenError,

@@ -183,14 +183,15 @@ class LocalFile:
                  :exc:`.TakenOverError` when another run has claimed the file.
         """
         hasher = xxhash.xxh3_128() if digest else None
-        with self.writing(run):
-            for offset, piece in spread(extents, chunks):
-                size = len(piece)
+        for offset, piece in spread(extents, chunks):
+            size = len(piece)
+            # Not around all of it: a sender that stalls must not keep another run from claiming the file.
+            with self.writing(run):
                 self._write_at(piece, offset)
-                if hasher:
-                    # Read back at once: the octets are still in the cache of this core.
-                    for chunk in self.chunks([Extent(offset, size)]):
-                        hasher.update(chunk)
+            if hasher:
+                # Read back at once: the octets are still in the cache of this core.
+                for chunk in self.chunks([Extent(offset, size)]):
+                    hasher.update(chunk)
         if hasher and hasher.hexdigest() != digest:
             text = "What lies in {filename} at offset {offset} isn't what was sent"
             raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)

@@ -18,6 +18,7 @@ from pdiffcopy.exceptions import (
     FileForbiddenError,
     FileMissingError,
     FileNameError,
+    FileTooLargeError,
     ProgramError,
     SourceChangedError,
     VerificationError,
@@ -81,7 +82,7 @@ def test_errors_know_their_status(cls):
         (errno.EINVAL, FileNameError, 400),
         (errno.ENOSPC, DiskFullError, 507),
         (errno.EDQUOT, DiskFullError, 507),
-        (errno.EFBIG, DiskFullError, 507),
+        (errno.EFBIG, FileTooLargeError, 413),
         (errno.EIO, FileError, 500),
     ],
 )
