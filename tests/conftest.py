@@ -7,8 +7,9 @@ import signal
 import subprocess
 
 import pytest
+import trustme
 
-from tests.support import start_old_peer, start_server, write_pattern
+from tests.support import loop_device, start_old_peer, start_server, write_pattern
 
 
 @pytest.fixture(scope="session")
@@ -82,14 +83,21 @@ def small_disk(tmp_path):
 @pytest.fixture
 def device(tmp_path):
     """A block device of 64 KiB."""
-    image = tmp_path / "image"
-    write_pattern(image, 64 * 1024)
-    command = ["losetup", "--find", "--show", str(image)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there are no loop devices here")
-    if result.returncode:
-        pytest.skip(f"a block device can't be made here: {result.stderr.strip()}")
-    yield result.stdout.strip()
-    subprocess.run(["losetup", "--detach", result.stdout.strip()], check=True)
+    write_pattern(tmp_path / "image", 64 * 1024)
+    with loop_device(tmp_path / "image") as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    """A certificate authority, a certificate for 127.0.0.1, and one for somebody else."""
+    folder = tmp_path_factory.mktemp("certificates")
+    ca, other = trustme.CA(), trustme.CA()
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    other.cert_pem.write_to_path(str(folder / "other-ca.pem"))
+    for name, host in (("server", "127.0.0.1"), ("stranger", "example.org")):
+        certificate = ca.issue_cert(host)
+        certificate.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        for pem in certificate.cert_chain_pems:
+            pem.write_to_path(str(folder / f"{name}.pem"), append=True)
+    return folder

@@ -9,8 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 STARTUP_TIMEOUT = 20
 RUN_TIMEOUT = 120
@@ -64,17 +68,21 @@ class Server:
         return self.process.wait(RUN_TIMEOUT)
 
 
-def start_server(folder: Path, *options: str, port: int = 0, env: dict | None = None, scheme: str = "http") -> Server:
+def start_server(
+    folder: Path, *options: str, port: int = 0, env: dict | None = None, scheme: str = "http", setup: str = ""
+) -> Server:
     """
     Start a server and wait until it accepts connections.
 
     :param folder: Where its log goes.
     :param options: Options for its command line.
     :param port: The port to listen on (by default a free one).
+    :param setup: A statement to execute before the program begins, to change one of its constants.
     """
     port = port or find_free_port()
     log = folder / f"server-{port}.log"
-    command = [sys.executable, "-m", "pdiffcopy", "--listen", f"127.0.0.1:{port}", *options]
+    program = ["-c", f"{setup}; from pdiffcopy.cli import main; main()"] if setup else ["-m", "pdiffcopy"]
+    command = [sys.executable, *program, "--listen", f"127.0.0.1:{port}", *options]
     with log.open("ab") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})})
     server = Server(process, port, log, scheme)
@@ -165,3 +173,23 @@ def exchange(port: int, request: bytes, timeout: float = 20) -> bytes:
         while chunk := sock.recv(65536):
             answer += chunk
     return answer
+
+
+def serve_https(launch, authority: Path, name: str = "server", **keywords) -> Server:
+    """Start a server with a certificate of the fixture ``authority``, by means of the fixture ``launch``."""
+    files = "--certfile", str(authority / f"{name}.pem"), "--keyfile", str(authority / f"{name}.key")
+    return launch(*files, scheme="https", **keywords)
+
+
+@contextmanager
+def loop_device(image: Path) -> Iterator[str]:
+    """Make a block device of a file. The test is skipped where that isn't possible."""
+    try:
+        command = ["losetup", "--find", "--show", str(image)]
+        name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("loop devices can't be used here")
+    try:
+        yield name
+    finally:
+        subprocess.run(["losetup", "--detach", name], check=True)

@@ -19,7 +19,6 @@ from urllib.parse import quote
 
 import pytest
 import requests
-import trustme
 
 from pdiffcopy.cli import warn_of_eavesdroppers
 from pdiffcopy.client import Client
@@ -30,7 +29,7 @@ from pdiffcopy.locations import Network
 from pdiffcopy.operations import resize_file
 from pdiffcopy.server import Settings, describe_exposure
 from tests.hostile import BEHAVIOURS, HostileProcess
-from tests.support import children_of, make_data, run_pdiffcopy, wait_for
+from tests.support import children_of, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
 from tests.test_faults import check_error
 
 SECRET = b"the secret of another directory"
@@ -322,27 +321,6 @@ def test_redirects_are_not_followed(tmp_path, role):
 # https {{{1
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    """A certificate authority, a certificate for 127.0.0.1, and one for somebody else."""
-    folder = tmp_path_factory.mktemp("certificates")
-    ca, other = trustme.CA(), trustme.CA()
-    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
-    other.cert_pem.write_to_path(str(folder / "other-ca.pem"))
-    for name, host in (("server", "127.0.0.1"), ("stranger", "example.org")):
-        certificate = ca.issue_cert(host)
-        certificate.private_key_pem.write_to_path(str(folder / f"{name}.key"))
-        for pem in certificate.cert_chain_pems:
-            pem.write_to_path(str(folder / f"{name}.pem"), append=True)
-    return folder
-
-
-def serve_https(launch, authority: Path, name: str = "server"):
-    return launch(
-        "--certfile", str(authority / f"{name}.pem"), "--keyfile", str(authority / f"{name}.key"), scheme="https"
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("direction", ["upload", "download"])
 def test_https_with_an_authority_of_ones_own(launch, authority, tmp_path, direction):
     """--certfile and --keyfile on one side, https:// and --ca-file on the other."""
@@ -479,15 +457,9 @@ def test_special_files_are_refused_promptly(launch, tmp_path):
 @pytest.fixture
 def device(tmp_path):
     """A block device of 8 MiB."""
-    backing = tmp_path / "backing"
-    backing.write_bytes(make_data(8 * MEBIBYTE))
-    try:
-        command = ["losetup", "--find", "--show", str(backing)]
-        name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("loop devices can't be used here")
-    yield name
-    subprocess.run(["losetup", "--detach", name], check=True)
+    (tmp_path / "backing").write_bytes(make_data(8 * MEBIBYTE))
+    with loop_device(tmp_path / "backing") as name:
+        yield name
 
 
 def test_block_devices_need_an_option(launch, server, device, tmp_path):
