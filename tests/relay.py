@@ -37,10 +37,10 @@ class Fault:
 
     The text form is ``SIDE ENDPOINT PLACE ACTION[=VALUE] [COUNT] [SKIP]``: the side is ``request`` or ``response``;
     the endpoint is how the request begins, with a plus sign for the space (``GET+/blocks``, a single plus sign for
-    all); the place is a number (the offset in the message, its head included), ``first``, ``middle`` or ``last`` (octet
-    of the body) or ``@TEXT`` (the octet after this text in the head, with ~ for a space). The value is a number of seconds for a delay, a
-    status for an answer (0: garbage), and otherwise a number of octets. It hits COUNT messages (1, unless given),
-    after SKIP of them.
+    all); the place is a number (the offset in the message, its head included), ``first``, ``middle`` or ``last``
+    (octet of the body) or ``@TEXT`` (the octet after this text in the head, with ~ for a space). The value is a
+    number of seconds for a delay, a status for an answer (0: garbage), and otherwise a number of octets. It hits
+    COUNT messages (1, unless given), after SKIP of them.
     """
 
     side: str
