@@ -97,6 +97,8 @@ def mutate_target(client: Client, percentage: float) -> int:
 
 
 _INVERTED = bytes(255 - octet for octet in range(256))
+_UNLIKELY_TIME = 12345
+"""A modification time that no source has (neither 0 nor 1, which some tools give to all files)."""
 
 
 def format_table(measurements: list[Measurement]) -> str:
@@ -117,6 +119,8 @@ def _measure(client: Client, percentage: float, rsync: list[str]) -> Measurement
     rsync_runtime = None
     if rsync:
         mutate_target(client, percentage)
+        # rsync leaves a file alone that has the size of the source and was modified in the same second.
+        os.utime(client.target.address.filename, (_UNLIKELY_TIME, _UNLIKELY_TIME))
         rsync_runtime = _run_rsync(rsync)
     return Measurement(percentage, changed, report.result.bytes_moved, report.elapsed, rsync_runtime)
 

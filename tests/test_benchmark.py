@@ -246,13 +246,15 @@ def test_rsync_is_measured_too(files, server, rsync_daemon):
 
 
 def test_rsync_undoes_the_damage(files, rsync_daemon, monkeypatch):
-    """It works on the file itself, in place."""
+    """It works on the file itself, in place, also when source and target were modified in the same second."""
     for name, value in {**ALLOWED, **rsync_daemon}.items():
         monkeypatch.setenv(name, value)
     source, target = files
     inode = target.stat().st_ino
+    os.utime(source)
     measurements = Client(source=source, target=target, block_size=BLOCK, benchmark=2).run_benchmark()
     assert all(m.rsync_runtime > 0 for m in measurements)
+    assert measurements[-1].moved == SIZE
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_ino == inode
 
