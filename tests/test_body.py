@@ -1,0 +1,328 @@
+"""How the body of a request is read: WSGI's way, and from the socket of a real gunicorn."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import time
+from contextlib import ExitStack
+from io import BytesIO
+from threading import Thread
+from urllib.parse import quote
+
+import pytest
+import xxhash
+from gunicorn.config import Config
+from gunicorn.http.parser import RequestParser
+from werkzeug.test import create_environ
+
+from pdiffcopy.body import read_body
+from pdiffcopy.exceptions import RequestError
+from pdiffcopy.localfile import CHUNK_SIZE
+from pdiffcopy.server import Settings, create_app
+from pdiffcopy.splice import Piped
+from tests.support import make_data, serve_https, start_server, write_pattern
+
+TIMEOUT = 20
+STALL = 1
+"""How long a server of these tests waits for a client, in seconds."""
+
+
+def read_all(environ, length):
+    return b"".join(bytes(chunk) for chunk in read_body(environ, length))
+
+
+# WSGI's way {{{1
+
+
+class Stream(BytesIO):
+    """Hands out a few octets at a time, as a stream may."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 1000))
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, CHUNK_SIZE + 1])
+@pytest.mark.parametrize("kind", [BytesIO, Stream])
+def test_any_stream_is_read(kind, size):
+    """Exactly the octets of the body, whatever comes behind them."""
+    data = make_data(size)
+    environ = create_environ(method="POST", input_stream=kind(data + b"behind"))
+    assert read_all(environ, size) == data
+    assert environ["wsgi.input"].read(6) == b"behind"
+
+
+def test_large_bodies_are_read_in_pieces():
+    """A body is never in memory as a whole."""
+    environ = create_environ(method="POST", input_stream=BytesIO(make_data(3 * CHUNK_SIZE + 1)))
+    assert max(map(len, read_body(environ, 3 * CHUNK_SIZE + 1))) <= CHUNK_SIZE
+
+
+def test_stream_that_ends_early_is_an_error():
+    """What's missing isn't made up."""
+    environ = create_environ(method="POST", input_stream=BytesIO(b"some"))
+    with pytest.raises(RequestError, match="ended early"):
+        read_all(environ, 5)
+
+
+def test_stream_that_breaks_is_an_error_of_the_client():
+    """The reason is that of the system."""
+
+    class Broken(BytesIO):
+        def read(self, size=-1):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(RequestError, match="ended early: Connection reset by peer"):
+        read_all(create_environ(method="POST", input_stream=Broken()), 5)
+
+
+def test_application_works_in_any_server(tmp_path):
+    """Flask's own test client knows nothing of sockets."""
+    before, data = write_pattern(tmp_path / "file", 100), make_data(50, seed=2)
+    client = create_app(Settings()).test_client()
+    headers = {"Pdiffcopy-Digest": xxhash.xxh3_128_hexdigest(data)}
+    query = {"filename": str(tmp_path / "file"), "extents": "10:20,60:30"}
+    response = client.post("/blocks", query_string=query, data=data, headers=headers)
+    assert (response.status_code, response.json) == (200, {"verified": True})
+    assert (tmp_path / "file").read_bytes() == before[:10] + data[:20] + before[30:60] + data[20:] + before[90:]
+
+
+# Gunicorn's objects {{{1
+
+
+@pytest.fixture
+def connection():
+    """The two ends of a TCP connection, and gunicorn's parser at the first one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        sock, address = listener.accept()
+    with client, sock:
+        sock.settimeout(TIMEOUT)
+        sock.setblocking(True)
+        yield client, sock, RequestParser(Config(), sock, address)
+
+
+def make_request(body: bytes, target: str = "/blocks", extra: str = "") -> bytes:
+    head = f"POST {target} HTTP/1.1\r\nHost: x\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode("ascii") + body
+
+
+def get_environ(sock, request):
+    return {"wsgi.input": request.body, "gunicorn.socket": sock}
+
+
+@pytest.mark.parametrize("together", [0, 1, 99, 100])
+def test_octets_come_from_the_socket(connection, together):
+    """What came with the head first, the rest through a pipe; then the next request begins where this one ended."""
+    client, sock, parser = connection
+    body, follower = make_data(100), make_request(b"", "/next")
+    octets = make_request(body) + follower
+    cut = len(octets) - len(follower) - 100 + together
+    client.sendall(octets[:cut])
+    request = next(parser)
+    # Now the rest can't be part of what the parser has read.
+    client.sendall(octets[cut:])
+    chunks = [(type(chunk), bytes(chunk)) for chunk in read_body(get_environ(sock, request), 100)]
+    assert b"".join(octets for _, octets in chunks) == body
+    assert chunks[0] == (bytes, body[:together])
+    assert {kind for kind, _ in chunks[1:]} == ({Piped} if together < 100 else set())
+    assert next(parser).uri == "/next"
+
+
+def test_next_request_may_arrive_with_the_body(connection):
+    """What was read ahead of the body's end belongs to the next request."""
+    client, sock, parser = connection
+    client.sendall(make_request(b"body") + make_request(b"other", "/next"))
+    request = next(parser)
+    assert read_all(get_environ(sock, request), 4) == b"body"
+    request = next(parser)
+    assert (request.uri, read_all(get_environ(sock, request), 5)) == ("/next", b"other")
+
+
+def test_body_that_is_not_read_is_skipped(connection):
+    """A view that gives up in the middle doesn't make the rest of the body a request."""
+    client, sock, parser = connection
+    client.sendall(make_request(b"GET /evil HTTP/1.1\r\n\r\n" * 10) + make_request(b"", "/next"))
+    request = next(parser)
+    chunks = read_body(get_environ(sock, request), 220)
+    next(chunks)
+    chunks.close()
+    assert next(parser).uri == "/next"
+
+
+def test_body_that_was_begun_is_read_the_usual_way(connection):
+    """When gunicorn itself holds octets of the body, it's asked for all of them."""
+    client, sock, parser = connection
+    client.sendall(make_request(b"line\nrest"))
+    environ = get_environ(sock, next(parser))
+    assert environ["wsgi.input"].readline() == b"line\n"
+    assert read_all(environ, 4) == b"rest"
+
+
+def test_early_end_is_an_error_of_the_client(connection):
+    """A client that goes away is no bug."""
+    client, sock, parser = connection
+    client.sendall(make_request(bytes(100))[:-50])
+    request = next(parser)
+    client.close()
+    with pytest.raises(RequestError, match="ended early: The connection was closed early"):
+        read_all(get_environ(sock, request), 100)
+
+
+# A real server {{{1
+
+
+class Talk:
+    """One connection to a server, used for several requests."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
+        self.reader = sock.makefile("rb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.reader.close()
+        self.sock.close()
+
+    def receive(self) -> tuple[int, dict]:
+        """Read a response: its status and its JSON document."""
+        status = self.reader.readline().split()
+        headers = dict(line.lower().strip().split(b": ", 1) for line in iter(self.reader.readline, b"\r\n"))
+        return int(status[1]), json.loads(self.reader.read(int(headers[b"content-length"])))
+
+
+def talk(server) -> Talk:
+    sock = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Talk(sock)
+
+
+def make_write(path, data: bytes, offset: int = 0) -> bytes:
+    extra = f"Pdiffcopy-Digest: {xxhash.xxh3_128_hexdigest(data)}\r\n"
+    return make_request(data, f"/blocks?filename={quote(str(path))}&offset={offset}", extra)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, 3_000_000])
+def test_body_in_one_segment_with_its_head(server, tmp_path, size):
+    """However much of the body has come with the head."""
+    (tmp_path / "file").touch()
+    data = make_data(size)
+    with talk(server) as connection:
+        connection.sock.sendall(make_write(tmp_path / "file", data))
+        assert connection.receive() == (200, {"verified": True})
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_body_in_tiny_segments(server, tmp_path):
+    """An octet at a time is slow but right."""
+    (tmp_path / "file").touch()
+    data = make_data(300)
+    with talk(server) as connection:
+        for octet in make_write(tmp_path / "file", data):
+            connection.sock.sendall(bytes([octet]))
+        assert connection.receive() == (200, {"verified": True})
+    assert (tmp_path / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [1, 3000, 20_000, 2_000_000])
+def test_requests_in_a_row_without_waiting(server, tmp_path, size):
+    """The next request behind a body, on the same connection and sent at once, gets its own answer."""
+    (tmp_path / "file").touch()
+    blocks = [make_data(size, seed) for seed in range(4)]
+    octets = b"".join(make_write(tmp_path / "file", block, i * size) for i, block in enumerate(blocks))
+    octets += make_request(b"", f"/resize?filename={quote(str(tmp_path / 'file'))}&size={4 * size + 1}")
+    with talk(server) as connection:
+        sender = Thread(target=connection.sock.sendall, args=(octets,), daemon=True)
+        sender.start()
+        assert [connection.receive() for _ in blocks] == [(200, {"verified": True})] * 4
+        assert connection.receive() == (200, {"size": 4 * size + 1})
+        sender.join()
+    assert (tmp_path / "file").read_bytes() == b"".join(blocks) + b"\0"
+
+
+def test_refused_body_is_no_request(server, tmp_path):
+    """What was meant as a body isn't taken for the next request, when its own request was refused."""
+    evil = make_request(b"", f"/resize?filename={quote(str(tmp_path / 'evil'))}&size=1")
+    with talk(server) as connection:
+        connection.sock.sendall(make_write(tmp_path / "missing", evil) + make_request(b"", "/nothing"))
+        assert connection.receive()[0] == 404
+        assert "URL" in connection.receive()[1]["detail"]
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("sent", [0, 10, 500_000])
+def test_connection_that_is_closed_early(server, tmp_path, sent):
+    """What has arrived may lie in the file and nothing else does; the client, if it still listens, gets an error."""
+    (tmp_path / "file").touch()
+    data = make_data(1_000_000)
+    octets = make_write(tmp_path / "file", data)
+    with talk(server) as connection:
+        connection.sock.sendall(octets[: len(octets) - len(data) + sent])
+        connection.sock.shutdown(socket.SHUT_WR)
+        status, problem = connection.receive()
+    assert (status, problem["title"]) == (400, "Bad Request")
+    assert "ended early" in problem["detail"]
+    assert (tmp_path / "file").read_bytes() == data[:sent]
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """A server that gives up on clients that stall soon."""
+    setup = f"import pdiffcopy.daemon; pdiffcopy.daemon.STALL_TIMEOUT = {STALL}"
+    server = start_server(tmp_path_factory.mktemp("impatient"), setup=setup)
+    yield server
+    server.stop()
+
+
+def test_stalled_client_is_given_up(impatient, tmp_path):
+    """It gets an error, the connection ends, and no thread waits for ever."""
+    data = make_data(1_000_000)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        connections = {sent: stack.enter_context(talk(impatient)) for sent in (0, 10, 500_000)}
+        for sent, connection in connections.items():
+            (tmp_path / str(sent)).touch()
+            octets = make_write(tmp_path / str(sent), data)
+            connection.sock.sendall(octets[: len(octets) - len(data) + sent])
+        for sent, connection in connections.items():
+            status, problem = connection.receive()
+            assert status == 400 and "ended early" in problem["detail"]
+            assert (tmp_path / str(sent)).read_bytes() == data[:sent]
+        assert time.monotonic() - started >= STALL
+        for connection in connections.values():
+            assert connection.reader.read() == b""
+    assert "Traceback" not in impatient.log.read_text()
+
+
+def test_slow_client_is_not_given_up(impatient, tmp_path):
+    """Each wait is bounded, and not the whole request."""
+    (tmp_path / "file").touch()
+    data = make_data(8)
+    octets = make_write(tmp_path / "file", data)
+    started = time.monotonic()
+    with talk(impatient) as connection:
+        connection.sock.sendall(octets[:-8])
+        for octet in data:
+            # It's the slowness that is tested.
+            time.sleep(STALL / 4)
+            connection.sock.sendall(bytes([octet]))
+        assert connection.receive() == (200, {"verified": True})
+    assert time.monotonic() - started > STALL
+
+
+def test_bodies_over_https(launch, authority, tmp_path):
+    """What is encrypted can't be spliced: it's read the usual way, several requests in a row as well."""
+    server = serve_https(launch, authority)
+    (tmp_path / "file").touch()
+    data = make_data(700_000)
+    context = ssl.create_default_context(cafile=authority / "ca.pem")
+    with talk(server) as plain, context.wrap_socket(plain.sock, server_hostname="127.0.0.1") as sock:
+        connection = Talk(sock)
+        for offset in (0, len(data)):
+            sock.sendall(make_write(tmp_path / "file", data, offset))
+            assert connection.receive() == (200, {"verified": True})
+    assert (tmp_path / "file").read_bytes() == 2 * data
+    assert "Traceback" not in server.log.read_text()
