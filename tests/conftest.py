@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import trustme
 
-from tests.support import loop_device, start_old_peer, start_server, write_pattern
+from tests.support import STALL, loop_device, start_old_peer, start_server, write_pattern
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +48,16 @@ def launch_old(tmp_path_factory):
     yield launch_old
     for peer in peers:
         peer.stop()
+
+
+@pytest.fixture(scope="session")
+def impatient(tmp_path_factory):
+    """A server of one process that gives up on clients that stall soon."""
+    setup = f"import pdiffcopy.daemon; pdiffcopy.daemon.STALL_TIMEOUT = {STALL}"
+    server = start_server(tmp_path_factory.mktemp("impatient"), "-c", "1", setup=setup)
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.fixture

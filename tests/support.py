@@ -18,6 +18,8 @@ import pytest
 
 STARTUP_TIMEOUT = 20
 RUN_TIMEOUT = 120
+STALL = 1
+"""How long the server of the fixture ``impatient`` waits for a client, in seconds."""
 
 
 def find_free_port() -> int:

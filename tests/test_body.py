@@ -22,11 +22,9 @@ from pdiffcopy.exceptions import RequestError
 from pdiffcopy.localfile import CHUNK_SIZE
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.splice import Piped
-from tests.support import make_data, serve_https, start_server, write_pattern
+from tests.support import STALL, make_data, serve_https, write_pattern
 
 TIMEOUT = 20
-STALL = 1
-"""How long a server of these tests waits for a client, in seconds."""
 
 
 def read_all(environ, length):
@@ -266,15 +264,6 @@ def test_connection_that_is_closed_early(server, tmp_path, sent):
     assert (status, problem["title"]) == (400, "Bad Request")
     assert "ended early" in problem["detail"]
     assert (tmp_path / "file").read_bytes() == data[:sent]
-
-
-@pytest.fixture(scope="module")
-def impatient(tmp_path_factory):
-    """A server that gives up on clients that stall soon."""
-    setup = f"import pdiffcopy.daemon; pdiffcopy.daemon.STALL_TIMEOUT = {STALL}"
-    server = start_server(tmp_path_factory.mktemp("impatient"), setup=setup)
-    yield server
-    server.stop()
 
 
 def test_stalled_client_is_given_up(impatient, tmp_path):

@@ -1,12 +1,10 @@
-"""Tests for :mod:`pdiffcopy.server` and :mod:`pdiffcopy.daemon`, over real HTTP."""
+"""Tests for :mod:`pdiffcopy.server`, over real HTTP."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -21,10 +19,8 @@ from tests.support import (
     Server,
     can_connect,
     children_of,
-    error_lines,
     exchange,
     find_free_port,
-    is_alive,
     make_data,
     run_pdiffcopy,
     snapshot,
@@ -412,23 +408,6 @@ def test_body_that_ends_early_is_a_client_error(server, path):
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400 "), answer
 
 
-@pytest.mark.parametrize(
-    "request_head",
-    ["GET", "nonsense\r\n\r\n", "GET /info HTTP/9.9\r\n\r\n", f"GET /{'x' * 9000} HTTP/1.1\r\n\r\n", "\0\0\0\0\r\n\r\n",
-     "POST /resize HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-     "POST /resize HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"],
-    ids=["cut", "nonsense", "version", "long", "zeros", "negative length", "two lengths"],
-)  # fmt: skip
-def test_what_is_not_http_is_refused(server, request_head):
-    """Octets that are no request get an error, or nothing, and the server goes on."""
-    with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
-        sock.sendall(request_head.encode())
-        sock.shutdown(socket.SHUT_WR)
-        answer = b"".join(iter(lambda: sock.recv(65536), b""))
-    assert answer == b"" or re.match(rb"HTTP/1\.[01] [45]\d\d ", answer), answer
-    assert requests.get(f"{server.origin}/nothing", timeout=TIMEOUT).status_code == 404
-
-
 # What isn't a file {{{1
 
 
@@ -524,29 +503,6 @@ def test_close_is_respected(server, path):
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["size"] == 3 * BLOCK + 100
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_signal_ends_the_server_and_leaves_no_process(launch, path, number):
-    """Within seconds, also with a connection that idles and with one in the middle of a request."""
-    server = launch("-c", "3")
-    name = quote(str(path))
-    family = wait_for(lambda: len(found := children_of(server.process.pid)) == 3 and found, what="three workers")
-    with socket.create_connection(("127.0.0.1", server.port)) as idle, \
-            socket.create_connection(("127.0.0.1", server.port)) as busy:  # fmt: skip
-        idle.sendall(f"GET /info?filename={name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert idle.recv(100).startswith(b"HTTP/1.1 200 ")
-        busy.sendall(f"POST /blocks?filename={name}&offset=0 HTTP/1.1\r\nContent-Length: 9\r\n\r\n".encode())
-        server.process.send_signal(number)
-        server.process.wait(10)
-    assert not any(map(is_alive, family))
-    assert not can_connect(server.port)
-
-
-def test_concurrency_is_the_number_of_processes(launch):
-    """``-c`` sets how many processes serve."""
-    server = launch("--concurrency=1")
-    assert len(wait_for(lambda: children_of(server.process.pid), what="a worker")) == 1
-
-
 def test_application_runs_in_gunicorn_alone(tmp_path, path):
     """``gunicorn pdiffcopy.server:app`` serves what ``pdiffcopy --listen`` serves, with gunicorn's own settings."""
     port, log = find_free_port(), tmp_path / "log"
@@ -592,34 +548,3 @@ def test_large_blocks_do_not_fill_the_memory(launch, tmp_path):
         params = {"filename": tmp_path / "sparse", "block_size": size, "method": "xxh128", "concurrency": 1}
         assert session.get(f"{server.origin}/hashes", params=params, timeout=TIMEOUT).text.count("\n") == 8
     assert _get_peak_memory(worker) - before < size // 4
-
-
-def test_server_listens_where_it_is_told(launch):
-    """An address in brackets is an IPv6 address."""
-    port = find_free_port()
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        pytest.skip("there is no IPv6 here")
-    command = [sys.executable, "-m", "pdiffcopy", "--listen", f"[::1]:{port}"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-
-    def connects():
-        with socket.socket(socket.AF_INET6) as sock:
-            return sock.connect_ex(("::1", port)) == 0
-
-    try:
-        wait_for(connects, what="the server")
-        assert requests.get(f"http://[::1]:{port}/info?filename=/nothing", timeout=TIMEOUT).status_code == 404
-    finally:
-        process.terminate()
-        assert process.wait(10) == 0
-
-
-def test_port_in_use_is_one_line(server):
-    """A second server on the same port says so and ends."""
-    result = run_pdiffcopy("--listen", f"127.0.0.1:{server.port}")
-    (line,) = error_lines(result)
-    assert result.returncode == 1
-    assert f"127.0.0.1:{server.port}" in line and "in use" in line
