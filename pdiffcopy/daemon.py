@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import sys
+import time
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
@@ -33,6 +34,8 @@ STALL_TIMEOUT = 30
 """After how many seconds without a sign of life a client is given up."""
 KEEPALIVE = 75
 """How long an idle connection stays open, in seconds."""
+LEAVE_TIMEOUT = 2
+"""How long to wait for a client to close its end of a connection that comes to an end, in seconds."""
 GRACE = 3
 """How long requests may go on after SIGTERM, in seconds."""
 
@@ -85,7 +88,15 @@ class Daemon(BaseApplication):
 
 
 class _Worker(ThreadWorker):
-    """Answers what isn't HTTP with a problem, like all other errors."""
+    """Answers what isn't HTTP with a problem, like all other errors, and lets no client keep the others waiting."""
+
+    def handle(self, conn: Any) -> Any:
+        """Called by gunicorn in a thread, with a connection from which a request is coming in."""
+        outcome = super().handle(conn)
+        if outcome is False:
+            # Gunicorn would do this too, but in the thread that all clients of the process depend on.
+            _take_leave(conn.sock)
+        return outcome
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Called by gunicorn when a request can't be parsed, and for bugs."""
@@ -100,6 +111,19 @@ class _Worker(ThreadWorker):
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode("ascii"))
 
 
+def _take_leave(sock: socket.socket) -> None:
+    """Give a client time to read its answer: when a connection is closed with something unread, it's lost at once."""
+    deadline = time.monotonic() + LEAVE_TIMEOUT
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        while (remaining := deadline - time.monotonic()) > 0:
+            sock.settimeout(remaining)
+            if not sock.recv(65536):
+                break
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 _PARSE_ERRORS = {LimitRequestLine: 414, LimitRequestHeaders: 431, UnsupportedTransferCoding: 501}
 
 
@@ -107,8 +131,8 @@ class _Logger(glogging.Logger):
     """Leaves it to the handlers of the program how messages look."""
 
     def exception(self, msg: Any, *args: Any, **kwargs: Any) -> None:
-        """A client that stalls (that's what this error means here) is no reason to print a traceback."""
-        if not isinstance(sys.exc_info()[1], BlockingIOError):
+        """A client that stalls (that's what these errors mean here) is no reason to print a traceback."""
+        if not isinstance(sys.exc_info()[1], (BlockingIOError, TimeoutError)):
             super().exception(msg, *args, **kwargs)
 
     def setup(self, cfg: Any) -> None:
