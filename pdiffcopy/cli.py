@@ -121,6 +121,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import coloredlogs
@@ -242,7 +243,8 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
 
 def _escape(record: logging.LogRecord) -> bool:
     """Nobody on the other side gets to write control characters to our terminal."""
-    record.msg, record.args = printable(record.getMessage()), None
+    with suppress(Exception):  # a message that can't be formatted: that's reported elsewhere
+        record.msg, record.args = printable(record.getMessage()), None
     return True
 
 

@@ -78,6 +78,12 @@ class AuthenticationError(ProgramError):
     http_status = 401
 
 
+class DamagedError(ProgramError):
+    """Raised for a request that was damaged on its way: the same again may well arrive intact."""
+
+    http_status = 422
+
+
 class ForbiddenError(ProgramError):
     """Raised when a request is understood but not allowed here."""
 

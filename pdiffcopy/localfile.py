@@ -161,7 +161,7 @@ class LocalFile:
             raise self._too_short(size)
 
     def _too_short(self, size: int) -> FileError:
-        text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
+        text = "Can't use {filename} up to offset {offset}: the file has become shorter, or never was that long"
         return FileError(text, filename=self.filename, offset=size)
 
     def digest(self, extents: Iterable[Extent]) -> str:
@@ -187,6 +187,9 @@ class LocalFile:
             size = len(piece)
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.
             with self.writing(run):
+                if run or digest:
+                    # Writing behind the end would make a hole of what somebody has cut off meanwhile.
+                    self.check_size(offset + size)
                 self._write_at(piece, offset)
             if hasher:
                 # Read back at once: the octets are still in the cache of this core.

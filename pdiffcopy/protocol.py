@@ -35,13 +35,18 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
+import xxhash
+
 from pdiffcopy import __version__
-from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError
+from pdiffcopy.exceptions import DamagedError, ProtocolError, RequestError, TooLargeError
 
 INFO, HASHES, BLOCKS, RESIZE = "info", "hashes", "blocks", "resize"
 CLAIM, RELEASE, SYNC = "claim", "release", "sync"
 
 DIGEST_HEADER = "Pdiffcopy-Digest"
+REQUEST_HEADER = "Pdiffcopy-Request"
+"""The digest of the parameters of a request (:func:`digest_query`): nothing gets written to the wrong place because a
+bit of an offset was damaged on its way. A server that knows the header answers 422 when it doesn't fit."""
 PROBLEM_TYPE = "application/problem+json"
 SYNC_DONE = "done"
 VERIFIED = "verified"
@@ -191,6 +196,22 @@ class Parameters:
             extents.append(Extent(int(offset), int(size)))
         check_extents(extents)
         return extents
+
+
+def digest_query(query: str) -> str:
+    """The XXH128 digest of a query string, whatever the order and the spelling of its parameters."""
+    pairs = sorted(parse_qsl(query, keep_blank_values=True, encoding="latin-1", max_num_fields=32))
+    return xxhash.xxh3_128_hexdigest(repr(pairs).encode("ascii", "backslashreplace"))
+
+
+def check_query(query: bytes, digest: str) -> None:
+    """Raise :exc:`.DamagedError` when a request isn't what its header :data:`REQUEST_HEADER` says (if it has one)."""
+    try:
+        damaged = bool(digest) and digest_query(query.decode("ascii")) != digest
+    except ValueError:
+        damaged = True
+    if damaged:
+        raise DamagedError("The request was damaged on its way")
 
 
 def check_extents(extents: Sequence[Extent]) -> None:

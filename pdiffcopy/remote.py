@@ -27,6 +27,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.delta import count_blocks, in_order
 from pdiffcopy.exceptions import (
     AuthenticationError,
+    DamagedError,
     DigestMismatchError,
     DiskFullError,
     FileError,
@@ -50,6 +51,7 @@ from pdiffcopy.protocol import (
     HASHES,
     INFO,
     RELEASE,
+    REQUEST_HEADER,
     RESIZE,
     SYNC,
     SYNC_DONE,
@@ -62,6 +64,7 @@ from pdiffcopy.protocol import (
     decode_flag,
     decode_info,
     decode_problem,
+    digest_query,
     format_extents,
     parse_hashes,
 )
@@ -71,7 +74,7 @@ from pdiffcopy.splice import Piped, receive
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
 _KNOWN_STATUS = frozenset(HTTPStatus)
-_TRANSIENT_STATUS = frozenset([502, 503, 504])
+_TRANSIENT_STATUS = frozenset([502, 503, 504, DamagedError.http_status])
 _ERRORS = {
     error.http_status: error
     for error in (
@@ -226,6 +229,7 @@ class RemoteReplica(Replica):
         An error in the ``with`` block that stems from the network is translated like one before it.
         """
         url = self.address.url(endpoint, **(params or {}))
+        headers = {REQUEST_HEADER: digest_query(url.partition("?")[2]), **(headers or {})}
         try:
             with self._session.request(
                 verb, url, data=body, headers=headers, stream=True, allow_redirects=False,

@@ -91,6 +91,7 @@ class _Views:
         token = self.settings.token
         if token and not check_token(token, request.headers.get("Authorization", "")):
             raise AuthenticationError("This server wants a token, and none or the wrong one was given (--token-file)")
+        wire.check_query(request.query_string, request.headers.get(wire.REQUEST_HEADER, ""))
 
     def info(self) -> Any:
         """``GET /info``"""
