@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PROGRAM := $(VENV)/.stamp-program
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs benchmark torture clean
+.PHONY: help demo test coverage check docs benchmark torture clean
 # A target that is interrupted leaves no half-made file behind.
 .DELETE_ON_ERROR:
 # One pip at a time.
@@ -22,8 +22,12 @@ help: ## Show what can be made
 demo: $(PROGRAM) ## Synchronize a large file with an older copy on loopback (takes less than a minute)
 	@$(BIN)/python scripts/demo.py
 
+# Most tests wait for processes to start and to end, so several of them at a time keep two cores busy.
 test: $(VENV)/.stamp-tests ## Run all tests (takes some minutes)
-	@$(BIN)/python -m pytest --cov
+	@$(BIN)/python -m pytest -q -n 4
+
+coverage: $(VENV)/.stamp-tests ## The same, and show what they leave out (takes three times as long)
+	@$(BIN)/python -m pytest -q -n 4 --cov
 
 check: $(VENV)/.stamp-checks ## Let ruff and mypy look for mistakes
 	@$(BIN)/ruff check

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, TakenOverError
+from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, RangeError, TakenOverError
 from pdiffcopy.protocol import Extent, FileInfo
 from pdiffcopy.splice import Piped
 
@@ -161,7 +161,7 @@ class LocalFile:
             raise self._too_short(size)
 
     def _too_short(self, size: int) -> FileError:
-        text = "Can't use {filename} up to offset {offset}: the file has become shorter, or never was that long"
+        text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
         return FileError(text, filename=self.filename, offset=size)
 
     def digest(self, extents: Iterable[Extent]) -> str:
@@ -180,16 +180,18 @@ class LocalFile:
         :param digest: The XXH128 digest that the sender states (an empty string: there's nothing to check against).
         :param run: The run that has claimed the file (an empty string: none has).
         :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs,
-                 :exc:`.TakenOverError` when another run has claimed the file.
+                 :exc:`.TakenOverError` when another run has claimed the file,
+                 :exc:`.RangeError` when it has become too short for the run.
         """
         hasher = xxhash.xxh3_128() if digest else None
         for offset, piece in spread(extents, chunks):
             size = len(piece)
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.
             with self.writing(run):
-                if run or digest:
-                    # Writing behind the end would make a hole of what somebody has cut off meanwhile.
-                    self.check_size(offset + size)
+                if run and offset + size > self.info().size:
+                    # A run makes room first. To write here would make a hole of what somebody has cut off meanwhile.
+                    text = "Can't write to {filename} up to offset {offset}: somebody has cut it meanwhile"
+                    raise RangeError(text, filename=self.filename, offset=offset + size)
                 self._write_at(piece, offset)
             if hasher:
                 # Read back at once: the octets are still in the cache of this core.

@@ -25,6 +25,7 @@ from pdiffcopy.splice import Piped
 from tests.support import STALL, make_data, serve_https, write_pattern
 
 TIMEOUT = 20
+LARGE = 10_000_000
 
 
 def read_all(environ, length):
@@ -198,47 +199,57 @@ def talk(server) -> Talk:
     return Talk(sock)
 
 
+@pytest.fixture
+def path(tmp_path):
+    """A sparse file with room for all that is written here."""
+    with (tmp_path / "file").open("wb") as handle:
+        handle.truncate(LARGE)
+    return tmp_path / "file"
+
+
+def assert_written(path, data):
+    """These octets are at the beginning of the file, and nothing is behind them."""
+    assert path.read_bytes() == data.ljust(LARGE, b"\0")
+
+
 def make_write(path, data: bytes, offset: int = 0) -> bytes:
     extra = f"Pdiffcopy-Digest: {xxhash.xxh3_128_hexdigest(data)}\r\n"
     return make_request(data, f"/blocks?filename={quote(str(path))}&offset={offset}", extra)
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000, 3_000_000])
-def test_body_in_one_segment_with_its_head(server, tmp_path, size):
+def test_body_in_one_segment_with_its_head(server, path, size):
     """However much of the body has come with the head."""
-    (tmp_path / "file").touch()
     data = make_data(size)
     with talk(server) as connection:
-        connection.sock.sendall(make_write(tmp_path / "file", data))
+        connection.sock.sendall(make_write(path, data))
         assert connection.receive() == (200, {"verified": True})
-    assert (tmp_path / "file").read_bytes() == data
+    assert_written(path, data)
 
 
-def test_body_in_tiny_segments(server, tmp_path):
+def test_body_in_tiny_segments(server, path):
     """An octet at a time is slow but right."""
-    (tmp_path / "file").touch()
     data = make_data(300)
     with talk(server) as connection:
-        for octet in make_write(tmp_path / "file", data):
+        for octet in make_write(path, data):
             connection.sock.sendall(bytes([octet]))
         assert connection.receive() == (200, {"verified": True})
-    assert (tmp_path / "file").read_bytes() == data
+    assert_written(path, data)
 
 
 @pytest.mark.parametrize("size", [1, 3000, 20_000, 2_000_000])
-def test_requests_in_a_row_without_waiting(server, tmp_path, size):
+def test_requests_in_a_row_without_waiting(server, path, size):
     """The next request behind a body, on the same connection and sent at once, gets its own answer."""
-    (tmp_path / "file").touch()
     blocks = [make_data(size, seed) for seed in range(4)]
-    octets = b"".join(make_write(tmp_path / "file", block, i * size) for i, block in enumerate(blocks))
-    octets += make_request(b"", f"/resize?filename={quote(str(tmp_path / 'file'))}&size={4 * size + 1}")
+    octets = b"".join(make_write(path, block, i * size) for i, block in enumerate(blocks))
+    octets += make_request(b"", f"/resize?filename={quote(str(path))}&size={4 * size + 1}")
     with talk(server) as connection:
         sender = Thread(target=connection.sock.sendall, args=(octets,), daemon=True)
         sender.start()
         assert [connection.receive() for _ in blocks] == [(200, {"verified": True})] * 4
         assert connection.receive() == (200, {"size": 4 * size + 1})
         sender.join()
-    assert (tmp_path / "file").read_bytes() == b"".join(blocks) + b"\0"
+    assert path.read_bytes() == b"".join(blocks) + b"\0"
 
 
 def test_refused_body_is_no_request(server, tmp_path):
@@ -252,18 +263,17 @@ def test_refused_body_is_no_request(server, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [0, 10, 500_000])
-def test_connection_that_is_closed_early(server, tmp_path, sent):
+def test_connection_that_is_closed_early(server, path, sent):
     """What has arrived may lie in the file and nothing else does; the client, if it still listens, gets an error."""
-    (tmp_path / "file").touch()
     data = make_data(1_000_000)
-    octets = make_write(tmp_path / "file", data)
+    octets = make_write(path, data)
     with talk(server) as connection:
         connection.sock.sendall(octets[: len(octets) - len(data) + sent])
         connection.sock.shutdown(socket.SHUT_WR)
         status, problem = connection.receive()
     assert (status, problem["title"]) == (400, "Bad Request")
     assert "ended early" in problem["detail"]
-    assert (tmp_path / "file").read_bytes() == data[:sent]
+    assert_written(path, data[:sent])
 
 
 def test_stalled_client_is_given_up(impatient, tmp_path):
@@ -273,24 +283,23 @@ def test_stalled_client_is_given_up(impatient, tmp_path):
     with ExitStack() as stack:
         connections = {sent: stack.enter_context(talk(impatient)) for sent in (0, 10, 500_000)}
         for sent, connection in connections.items():
-            (tmp_path / str(sent)).touch()
+            (tmp_path / str(sent)).write_bytes(bytes(len(data)))
             octets = make_write(tmp_path / str(sent), data)
             connection.sock.sendall(octets[: len(octets) - len(data) + sent])
         for sent, connection in connections.items():
             status, problem = connection.receive()
             assert status == 400 and "ended early" in problem["detail"]
-            assert (tmp_path / str(sent)).read_bytes() == data[:sent]
+            assert (tmp_path / str(sent)).read_bytes() == data[:sent].ljust(len(data), b"\0")
         assert time.monotonic() - started >= STALL
         for connection in connections.values():
             assert connection.reader.read() == b""
     assert "Traceback" not in impatient.log.read_text()
 
 
-def test_slow_client_is_not_given_up(impatient, tmp_path):
+def test_slow_client_is_not_given_up(impatient, path):
     """Each wait is bounded, and not the whole request."""
-    (tmp_path / "file").touch()
     data = make_data(8)
-    octets = make_write(tmp_path / "file", data)
+    octets = make_write(path, data)
     started = time.monotonic()
     with talk(impatient) as connection:
         connection.sock.sendall(octets[:-8])
@@ -302,16 +311,15 @@ def test_slow_client_is_not_given_up(impatient, tmp_path):
     assert time.monotonic() - started > STALL
 
 
-def test_bodies_over_https(launch, authority, tmp_path):
+def test_bodies_over_https(launch, authority, path):
     """What is encrypted can't be spliced: it's read the usual way, several requests in a row as well."""
     server = serve_https(launch, authority)
-    (tmp_path / "file").touch()
     data = make_data(700_000)
     context = ssl.create_default_context(cafile=authority / "ca.pem")
     with talk(server) as plain, context.wrap_socket(plain.sock, server_hostname="127.0.0.1") as sock:
         connection = Talk(sock)
         for offset in (0, len(data)):
-            sock.sendall(make_write(tmp_path / "file", data, offset))
+            sock.sendall(make_write(path, data, offset))
             assert connection.receive() == (200, {"verified": True})
-    assert (tmp_path / "file").read_bytes() == 2 * data
+    assert_written(path, 2 * data)
     assert "Traceback" not in server.log.read_text()

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import subprocess
+import threading
+from contextlib import contextmanager
 
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy.exceptions import DigestMismatchError, FileError
-from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, spread
+from pdiffcopy import localfile
+from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, TakenOverError
+from pdiffcopy.localfile import CHUNK_SIZE, RUN_ATTRIBUTE, LocalFile, spread
 from pdiffcopy.protocol import Extent
+from pdiffcopy.splice import Piped
 from tests.support import make_data, snapshot, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")
+
+
+def make_file(path, size=100):
+    """A sparse file. Returns its name."""
+    with path.open("wb") as handle:
+        handle.truncate(size)
+    return str(path)
 
 
 def digest_of(data):
@@ -35,8 +49,7 @@ def test_write_with_the_right_digest(tmp_path):
 def test_write_with_a_wrong_digest(tmp_path):
     """Octets that aren't those that were sent are noticed, at the end of a long extent too."""
     data = make_data(2 * CHUNK_SIZE + 10)
-    (tmp_path / "file").touch()
-    with LocalFile(str(tmp_path / "file"), write=True) as file:
+    with LocalFile(make_file(tmp_path / "file", len(data) + 7), write=True) as file:
         with pytest.raises(DigestMismatchError, match="file at offset 7 isn't what was sent") as info:
             file.write([Extent(7, len(data))], [data[:-1], b"?"], digest_of(data))
     assert info.value.offset == 7
@@ -44,25 +57,23 @@ def test_write_with_a_wrong_digest(tmp_path):
 
 def test_write_compares_what_lies_in_the_file(tmp_path, monkeypatch):
     """The digest is of what can be read afterwards: a disk that loses an octet is noticed."""
-    (tmp_path / "file").touch()
     original = os.pwrite
 
     def lossy(fd, data, offset):
         return original(fd, bytes(data[:-1]) + b"\0", offset)
 
     monkeypatch.setattr(os, "pwrite", lossy)
-    with LocalFile(str(tmp_path / "file"), write=True) as file, pytest.raises(DigestMismatchError):
+    with LocalFile(make_file(tmp_path / "file"), write=True) as file, pytest.raises(DigestMismatchError):
         file.write([Extent(0, 9)], [b"octets..."], digest_of(b"octets..."))
 
 
 def test_short_writes_and_reads_go_on(tmp_path, monkeypatch):
     """The system may move less than it was asked to: the rest follows."""
-    (tmp_path / "file").touch()
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:7], offset))
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:5]], offset))
     data = make_data(1000)
-    with LocalFile(str(tmp_path / "file"), write=True) as file:
+    with LocalFile(make_file(tmp_path / "file", 1003), write=True) as file:
         file.write([Extent(3, 1000)], [data], digest_of(data))
         assert b"".join(map(bytes, file.chunks([Extent(0, 1003)]))) == bytes(3) + data
 
@@ -116,6 +127,227 @@ def test_open_files_are_closed_once(tmp_path):
     file.close()
     assert other.info().exists
     other.close()
+
+
+def test_octets_in_a_pipe_are_written(tmp_path):
+    """They are spread over the extents, and compared with the digest, like octets in memory."""
+    before, data = write_pattern(tmp_path / "file", 100), make_data(40, seed=2)
+    source, sink = os.pipe()
+    with open(source, "rb", buffering=0), open(sink, "wb", buffering=0) as pipe:
+        pipe.write(data * 2)
+        with LocalFile(str(tmp_path / "file"), write=True) as file:
+            extents = [Extent(10, 20), Extent(50, 20)]
+            file.write(extents, [data[:5], Piped(source, 30), Piped(source, 5)], digest_of(data[:5] + data[:35]))
+            with pytest.raises(DigestMismatchError):
+                file.write([Extent(0, 5)], [Piped(source, 5)], digest_of(data[:5]))
+    sent = data[:5] + data[:35]
+    expected = data[35:40] + before[5:10] + sent[:20] + before[30:50] + sent[20:] + before[70:]
+    assert (tmp_path / "file").read_bytes() == expected
+
+
+def test_octets_in_a_pipe_do_not_fit(small_disk):
+    """An error of the system names the file, whichever way the octets come."""
+    source, sink = os.pipe()
+    with open(source, "rb", buffering=0), open(sink, "wb", buffering=0) as pipe:
+        pipe.write(make_data(10_000))
+        with LocalFile(make_file(small_disk / "file", 1_000_000), write=True) as file:
+            with pytest.raises(DiskFullError, match="Can't write to .*file: No space left"):
+                file.write([Extent(0, 70_000)], [bytes(60_000), Piped(source, 10_000)])
+
+
+# Claims {{{1
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A file that can be claimed, opened to be written to."""
+    with LocalFile(make_file(tmp_path / "file"), write=True) as file:
+        if not file.claim("0"):
+            pytest.skip("the file system has no extended attributes")
+        file.release("0")
+        yield file
+
+
+def write(file, run):
+    file.write([Extent(0, 4)], [b"here"], run=run)
+
+
+def test_run_with_a_claim_writes(target):
+    """A claim holds for everybody who opens the file, until it's released; then nothing is left of it."""
+    assert target.claim("aa")
+    assert os.listxattr(target.filename) == [RUN_ATTRIBUTE]
+    with LocalFile(target.filename, write=True) as other:
+        write(other, "aa")
+        with other.writing("aa"):
+            pass
+        other.release("aa")
+    assert os.listxattr(target.filename) == []
+
+
+@pytest.mark.parametrize("later", ["comes", "goes", "is followed by one without a name"])
+def test_later_run_ends_the_earlier_one(target, later):
+    """Whether the later run goes on or is over: the earlier one writes nothing, and doesn't look successful."""
+    assert target.claim("aa")
+    with LocalFile(target.filename, write=True) as other:
+        assert other.claim("bb")
+        if later != "comes":
+            other.release("bb")
+        if later.startswith("is"):
+            write(other, "")
+    before = snapshot_of(target)
+    with pytest.raises(TakenOverError, match="file: another run has taken it over"):
+        write(target, "aa")
+    with pytest.raises(TakenOverError), target.writing("aa"):
+        pytest.fail("The run has no claim")
+    assert snapshot_of(target) == before
+    if later == "comes":
+        with pytest.raises(TakenOverError):
+            target.release("aa")
+        write(target, "bb")
+
+
+def snapshot_of(file):
+    with open(file.filename, "rb") as handle:
+        return handle.read(), os.fstat(handle.fileno()).st_mtime_ns
+
+
+def test_release_can_be_repeated(target):
+    """A request whose answer was lost is sent once more."""
+    assert target.claim("aa")
+    target.release("aa")
+    target.release("aa")
+    assert os.listxattr(target.filename) == []
+
+
+def test_claim_can_be_repeated(target):
+    """The same goes for a claim."""
+    assert target.claim("aa") and target.claim("aa")
+    write(target, "aa")
+    target.release("aa")
+
+
+def test_who_has_no_name_is_not_hindered(target):
+    """A client of version 1.0.1 writes as ever, also when a run was killed and left its claim behind."""
+    assert target.claim("dead")
+    write(target, "")
+    with target.writing(""):
+        pass
+    assert snapshot_of(target)[0].startswith(b"here")
+
+
+@contextmanager
+def writing_elsewhere(filename):
+    """Somebody is writing, and goes on until the block ends."""
+    with LocalFile(filename, write=True) as other, other.writing(""):
+        yield
+
+
+@pytest.mark.parametrize("action", ["claim", "release"])
+def test_writes_in_progress_are_waited_for(target, action):
+    """When the new run begins to compare, what the old one writes is over."""
+    assert target.claim("aa")
+    done = threading.Event()
+
+    def act():
+        target.release("aa") if action == "release" else target.claim("bb")
+        done.set()
+
+    with writing_elsewhere(target.filename):
+        thread = threading.Thread(target=act, daemon=True)
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join(20)
+    assert done.is_set()
+    assert os.listxattr(target.filename) == ([] if action == "release" else [RUN_ATTRIBUTE])
+
+
+def test_several_write_at_the_same_time(target):
+    """The workers of a run don't wait for each other."""
+    assert target.claim("aa")
+    with writing_elsewhere(target.filename), writing_elsewhere(target.filename):
+        write(target, "aa")
+
+
+@pytest.mark.parametrize("action", ["claim", "release"])
+def test_wait_for_writes_has_an_end(target, monkeypatch, action):
+    """A write that never ends is an error of who waits for it."""
+    monkeypatch.setattr(localfile, "LOCK_TIMEOUT", 0.05)
+    assert target.claim("aa")
+    with writing_elsewhere(target.filename):
+        with pytest.raises(TakenOverError, match="file: others keep writing to it"):
+            getattr(target, action)("aa")
+    getattr(target, action)("aa")
+
+
+def test_wait_for_a_claim_has_an_end(target, monkeypatch):
+    """Who holds the exclusive lock for ever doesn't make a write wait for ever."""
+    monkeypatch.setattr(localfile, "LOCK_TIMEOUT", 0.05)
+    with open(target.filename, "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(TakenOverError, match="others keep writing"):
+            write(target, "")
+
+
+def test_failure_frees_the_lock(target):
+    """After an error in the middle of a write, others go on."""
+    with pytest.raises(ValueError), target.writing(""):
+        raise ValueError
+    with open(target.filename, "rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.fixture
+def bare_disk(tmp_path):
+    """A file system without extended attributes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "ramfs", "ramfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_file_system_without_attributes_has_no_claims(bare_disk):
+    """The answer says so, and a run without a claim writes as ever."""
+    with LocalFile(make_file(bare_disk / "file"), write=True) as file:
+        assert not file.claim("aa")
+        write(file, "")
+        file.release("aa")
+        assert snapshot_of(file)[0].startswith(b"here")
+
+
+def test_attributes_that_are_refused_are_no_claims(target, monkeypatch):
+    """Whatever the reason."""
+
+    def refuse(*args):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    assert not target.claim("aa")
+    with pytest.raises(TakenOverError):
+        write(target, "aa")
+
+
+def test_file_system_without_locks_is_written_to(target, monkeypatch):
+    """Some network file systems have none: there, claims are all that there is."""
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert target.claim("aa")
+    write(target, "aa")
+    with pytest.raises(TakenOverError):
+        write(target, "bb")
+    target.release("aa")
+
+
+def test_device_is_not_claimed(device):
+    """A device has no attributes of its own contents: runs there work without."""
+    with LocalFile(device, write=True) as file:
+        assert not file.claim("aa")
+        write(file, "")
 
 
 # spread() {{{1
