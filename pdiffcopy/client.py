@@ -258,7 +258,7 @@ class Client(PropertyManager):
 
     def _scan(self, plan: Plan) -> Result:
         """A dry run: compare, but move nothing."""
-        with self._make_reporter(plan) as reporter:
+        with make_reporter(plan.size, plan.activity) as reporter:
             return _collect(map(Result.of_comparison, generate_batches(plan)), reporter)
 
     def _update(
@@ -277,7 +277,7 @@ class Client(PropertyManager):
             pool = WorkerPool(
                 concurrency=self.concurrency, generator_fn=generate, worker_fn=partial(transfer_batch, plan)
             )
-            with pool, self._make_reporter(plan) as reporter:
+            with pool, make_reporter(plan.size, plan.activity) as reporter:
                 result = _collect(pool, reporter)
             if target.size > source.size and target.resizable:
                 replica.resize(source.size, plan.run)
@@ -291,6 +291,8 @@ class Client(PropertyManager):
     @contextmanager
     def _watching_source(self, before: FileInfo, plan: Plan) -> Iterator[None]:
         """A source that has changed forbids success, and explains any failure."""
+        text = "The source {label} changed while it was copied: run again, or copy a snapshot"
+        changed = SourceChangedError(text, label=self.source.label)
         try:
             yield
         except ProgramError as e:
@@ -299,14 +301,10 @@ class Client(PropertyManager):
             except ProgramError:
                 after = before  # can't tell, so it's the first failure that counts
             if after != before:
-                raise self._source_changed() from e
+                raise changed from e
             raise
         if open_replica(plan.source, self.network).info()[0] != before:
-            raise self._source_changed()
-
-    def _source_changed(self) -> SourceChangedError:
-        text = "The source {label} changed while it was copied: run again, or copy a snapshot"
-        return SourceChangedError(text, label=self.source.label)
+            raise changed
 
     def _check_target(self, source: FileInfo, before: FileInfo, after: FileInfo) -> None:
         """Somebody may have removed, replaced or resized the file that we wrote to."""
@@ -314,9 +312,6 @@ class Client(PropertyManager):
         if not (after.exists and after.file_id == before.file_id and sizes_match):
             text = "The target {label} was replaced, resized or removed while it was written to: run again"
             raise FileError(text, label=self.target.label)
-
-    def _make_reporter(self, plan: Plan) -> Reporter:
-        return make_reporter(plan.size, "Comparing" if plan.delta else "Copying")
 
 
 def get_hashes_fn(location: Location, **options: Any) -> dict[int, str]:

@@ -67,6 +67,11 @@ class Plan:
     run: str = ""
     """The name under which the target is claimed (empty when it can't be)."""
 
+    @property
+    def activity(self) -> str:
+        """What a user sees it do."""
+        return "Comparing" if self.delta else "Copying"
+
 
 @dataclass(frozen=True)
 class Result:

@@ -30,7 +30,6 @@ from pdiffcopy.exceptions import (
     DamagedError,
     DigestMismatchError,
     DiskFullError,
-    FileError,
     FileMissingError,
     ForbiddenError,
     ProgramError,
@@ -69,6 +68,7 @@ from pdiffcopy.protocol import (
     parse_hashes,
 )
 from pdiffcopy.retry import Patience
+from pdiffcopy.security import check_authority
 from pdiffcopy.splice import Piped, receive
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
@@ -110,7 +110,7 @@ class RemoteReplica(Replica):
         if network.token:
             self._session.headers["Authorization"] = f"Bearer {network.token}"
         if network.ca_file:
-            _check_authority(network.ca_file)
+            check_authority(network.ca_file)
             self._session.verify = network.ca_file
 
     def info(self) -> tuple[FileInfo, PeerInfo]:
@@ -319,14 +319,6 @@ def _place(extents: Sequence[Extent]) -> dict[str, Any]:
 
 def _name(run: str) -> dict[str, Any]:
     return {"run": run} if run else {}
-
-
-def _check_authority(filename: str) -> None:
-    """Find out before the first connection, which would be tried again and again."""
-    try:
-        ssl.create_default_context(cafile=filename)
-    except OSError as e:
-        raise FileError.from_os_error(e, "use the certificate authority", filename) from e
 
 
 def _check_head(response: requests.Response) -> None:

@@ -91,3 +91,11 @@ def check_certificate(certfile: str, keyfile: str) -> None:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else e
             text = "Can't use the certificate {certfile} with the key {keyfile}: {reason}"
             raise UsageError(text, certfile=certfile, keyfile=keyfile, reason=reason) from e
+
+
+def check_authority(filename: str) -> None:
+    """Find out before the first connection, which would be tried again and again."""
+    try:
+        ssl.create_default_context(cafile=filename)
+    except OSError as e:
+        raise FileError.from_os_error(e, "use the certificate authority", filename) from e

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
 import pytest
 import trustme
 
-from tests.support import STALL, loop_device, start_old_peer, start_server, write_pattern
+from tests.support import STALL, loop_device, mounted, start_old_peer, start_server, write_pattern
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +80,15 @@ def no_descriptor_left():
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system with room for a few pages."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system can't be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "tmpfs", "size=64k,nr_inodes=20") as folder:
+        yield folder
+
+
+@pytest.fixture
+def bare_disk(tmp_path):
+    """A file system without extended attributes."""
+    with mounted(tmp_path / "disk", "ramfs") as folder:
+        yield folder
 
 
 @pytest.fixture

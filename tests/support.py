@@ -195,3 +195,16 @@ def loop_device(image: Path) -> Iterator[str]:
         yield name
     finally:
         subprocess.run(["losetup", "--detach", name], check=True)
+
+
+@contextmanager
+def mounted(folder: Path, kind: str, options: str = "rw") -> Iterator[Path]:
+    """Mount a new file system. The test is skipped where that isn't possible."""
+    folder.mkdir()
+    command = ["mount", "-t", kind, "-o", options, kind, str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -16,8 +20,10 @@ from pdiffcopy.exceptions import (
     TransientError,
     UsageError,
 )
+from pdiffcopy.localfile import LocalFile
 from pdiffcopy.locations import Network
-from tests.support import find_free_port, make_data, run_pdiffcopy, snapshot, write_pattern
+from tests.relay import RelayProcess
+from tests.support import RUN_TIMEOUT, find_free_port, make_data, run_pdiffcopy, snapshot, write_pattern
 
 BLOCK = 4096
 
@@ -562,3 +568,85 @@ def test_target_that_somebody_else_changes_is_never_a_success(server, tmp_path, 
     client.happening = happen
     with pytest.raises(FileError):
         client.synchronize()
+
+
+# Two runs at one target {{{1
+
+MOMENTS = {
+    "it has claimed the target": ("upload", "response POST+/claim 0 hold"),
+    "it makes room": ("upload", "request POST+/resize 0 hold"),
+    "it compares (upload)": ("upload", "response GET+/hashes middle hold"),
+    "it compares (download)": ("download", "response GET+/hashes middle hold"),
+    "it writes (upload)": ("upload", "request POST+/blocks middle hold"),
+    "it writes (download)": ("download", "response GET+/blocks middle hold"),
+    "it has written": ("upload", "response POST+/blocks 0 hold"),
+    "it ends its claim": ("upload", "request POST+/release 0 hold"),
+}
+
+
+def start_run(server, direction, source, target):
+    """Start a command line with small blocks."""
+    places = place(server, direction, source, target)
+    command = [sys.executable, "-m", "pdiffcopy", "-b", str(BLOCK), "-c", "2", places["source"], places["target"]]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("size", [150_000, 300_000, 450_000], ids=["shorter", "as long", "longer"])
+@pytest.mark.parametrize("moment, fault", MOMENTS.values(), ids=MOMENTS)
+def test_later_run_wins(server, tmp_path, moment, fault, size):
+    """While a run is at some point, another one with another source comes and goes: that one's source is the target."""
+    target = tmp_path / "target"
+    write_pattern(tmp_path / "earlier", 300_000, seed=1)
+    later = write_pattern(tmp_path / "later", size, seed=2)
+    # So that there is something to be made room for, and something to be cut.
+    write_pattern(target, 200_000 if "resize" in fault else 320_000, seed=3)
+    with RelayProcess(server.port, fault) as relay:
+        process = start_run(replace(server, port=relay.port), moment, tmp_path / "earlier", target)
+        relay.wait_for_hit()
+        result = run_pdiffcopy("-b", str(BLOCK), "-c", "2", *place(server, moment, tmp_path / "later", target).values())
+        relay.release()
+        _, stderr = process.communicate(timeout=RUN_TIMEOUT)
+    assert result.returncode == 0, result.stderr
+    assert process.returncode == 1, stderr
+    assert "another run has taken it over" in stderr.splitlines()[-1]
+    assert target.read_bytes() == later
+    assert os.listxattr(target) == []
+
+
+@pytest.mark.parametrize("delay", [0, 0.1, 0.3])
+@pytest.mark.parametrize("directions", [("upload", "upload"), ("download", "download"), ("upload", "download")])
+def test_two_runs_never_mix_their_data(server, tmp_path, directions, delay):
+    """Whenever two runs meet: one of them succeeds at least, and the target is the source of one that did."""
+    target = tmp_path / "target"
+    write_pattern(target, 3_000_000, seed=3)
+    sources = [write_pattern(tmp_path / str(seed), 3_000_000, seed) for seed in (1, 2)]
+    first = start_run(server, directions[0], tmp_path / "1", target)
+    time.sleep(delay)  # whatever the two are doing then: the promise is the same
+    runs = [first, start_run(server, directions[1], tmp_path / "2", target)]
+    errors = [run.communicate(timeout=RUN_TIMEOUT)[1] for run in runs]
+    codes = [run.returncode for run in runs]
+    assert sorted(codes) in ([0, 0], [0, 1]), errors
+    assert target.read_bytes() in [source for source, code in zip(sources, codes, strict=True) if code == 0], codes
+    assert os.listxattr(target) == []
+
+
+@pytest.mark.parametrize("direction", ["download", "upload"])
+def test_success_leaves_no_claim(server, tmp_path, direction):
+    """Whatever is left of a run that was killed: nothing of it, or of this one, stays when all is done."""
+    data = write_pattern(tmp_path / "source", 3 * BLOCK)
+    write_pattern(tmp_path / "target", 3 * BLOCK, seed=2)
+    with LocalFile(str(tmp_path / "target"), write=True) as file:
+        file.claim("dead")
+    Client(**place(server, direction, tmp_path / "source", tmp_path / "target"), block_size=BLOCK).synchronize()
+    assert (tmp_path / "target").read_bytes() == data
+    assert os.listxattr(tmp_path / "target") == []
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_target_that_cannot_be_claimed_is_written_to(server, tmp_path, direction, bare_disk, missing):
+    """A file system without extended attributes is one to copy to nevertheless."""
+    data = write_pattern(tmp_path / "source", 3 * BLOCK + 1)
+    if not missing:
+        write_pattern(bare_disk / "target", 4 * BLOCK, seed=2)
+    Client(**place(server, direction, tmp_path / "source", bare_disk / "target"), block_size=BLOCK).synchronize()
+    assert (bare_disk / "target").read_bytes() == data

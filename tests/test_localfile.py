@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import subprocess
 import threading
 from contextlib import contextmanager
 
@@ -294,18 +293,6 @@ def test_failure_frees_the_lock(target):
         raise ValueError
     with open(target.filename, "rb") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@pytest.fixture
-def bare_disk(tmp_path):
-    """A file system without extended attributes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "ramfs", "ramfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system can't be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_file_system_without_attributes_has_no_claims(bare_disk):
