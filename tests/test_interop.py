@@ -8,6 +8,7 @@ import pytest
 
 from pdiffcopy.client import Client
 from pdiffcopy.exceptions import UsageError, VerificationError
+from pdiffcopy.localfile import LocalFile
 from pdiffcopy.locations import Location
 from tests import old_peer
 from tests.support import error_lines, make_data, run_pdiffcopy, snapshot, write_pattern
@@ -209,6 +210,17 @@ def test_old_client_uploads(server, tmp_path, size, state):
         target.write_bytes(target.read_bytes()[: size // 2])
     elif state == "longer":
         target.write_bytes(target.read_bytes() + make_data(2 * BLOCK + 7))
+    old_peer.upload(server.port, str(source), str(target), BLOCK)
+    assert target.read_bytes() == data
+
+
+def test_old_client_is_not_hindered_by_a_claim(server, tmp_path):
+    """Version 1.0.1 knows no claims: what a run that was killed has left behind doesn't stop it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    data = write_pattern(source, 7 * BLOCK + 123)
+    _write_older_copy(target, data)
+    with LocalFile(str(target), write=True) as file:
+        file.claim("dead")
     old_peer.upload(server.port, str(source), str(target), BLOCK)
     assert target.read_bytes() == data
 

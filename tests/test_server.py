@@ -224,6 +224,56 @@ def test_extents_have_to_fit_the_body(ask, path):
     assert snapshot(path) == before
 
 
+def test_run_that_has_lost_its_claim_is_423(ask, path):
+    """A later run ends an earlier one: nothing that comes with its name changes anything any more."""
+    assert ask("POST", "claim", filename=path, run="aa").json() == {"claimed": True}
+    assert ask("POST", "blocks", b"first", filename=path, offset=0, run="aa").status_code == 200
+    assert ask("POST", "resize", filename=path, size=BLOCK, run="aa").status_code == 200
+    assert ask("POST", "claim", filename=path, run="bb").json() == {"claimed": True}
+    before = snapshot(path)
+    for endpoint, body, params in (
+        ("blocks", b"second", {"offset": 0}),
+        ("resize", None, {"size": 1}),
+        ("release", None, {}),
+    ):
+        response = ask("POST", endpoint, body, filename=path, run="aa", **params)
+        assert "another run has taken it over" in assert_problem(response, 423)
+    assert snapshot(path) == before
+    for _ in range(2):
+        assert ask("POST", "release", filename=path, run="bb").json() == {"claimed": False}
+    assert os.listxattr(path) == []
+    for run in ("aa", "bb"):
+        assert_problem(ask("POST", "blocks", b"x", filename=path, offset=0, run=run), 423)
+    assert ask("POST", "blocks", b"x", filename=path, offset=0).status_code == 200
+
+
+@pytest.mark.parametrize("run", ["", "x", "AA", "a" * 65, "a b", "é"])
+@pytest.mark.parametrize("endpoint", ["claim", "release", "blocks", "resize"])
+def test_run_is_a_word(ask, path, endpoint, run):
+    """The name of a run is up to 64 hexadecimal digits."""
+    before = snapshot(path)
+    response = ask("POST", endpoint, b"x" if endpoint == "blocks" else None, filename=path, run=run, offset=0, size=1)
+    assert "run" in assert_problem(response, 400)
+    assert (snapshot(path), os.listxattr(path)) == (before, [])
+
+
+def test_claim_needs_a_name(ask, path, tmp_path):
+    """A claim for nobody, or of what isn't there, is a mistake."""
+    for endpoint in ("claim", "release"):
+        assert "run" in assert_problem(ask("POST", endpoint, filename=path), 400)
+        assert_problem(ask("POST", endpoint, filename=tmp_path / "nothing", run="aa"), 404)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_run_that_was_cut_short_is_refused(ask, path):
+    """A run makes room before it writes: where there's none any more, somebody has cut the file."""
+    ask("POST", "claim", filename=path, run="aa")
+    before = snapshot(path)
+    response = ask("POST", "blocks", b"x" * 10, filename=path, offset=len(before[0]) - 5, run="aa")
+    assert "cut" in assert_problem(response, 416)
+    assert snapshot(path) == before
+
+
 def test_sync_flushes(ask, path):
     """The last line says that it is done."""
     response = ask("POST", "sync", filename=path)
