@@ -56,7 +56,7 @@ def parse_location(expression: str) -> Address:
     """
     if not expression or "\0" in expression:
         raise UsageError("A location can't be empty or contain NUL bytes: {value}", value=repr(expression))
-    if expression.startswith(("http://", "https://")):
+    if expression.lower().startswith(("http://", "https://")):
         return _parse_url(expression)
     match = _SHORT_FORM.fullmatch(expression)
     if match and (match["port"] == "" or match["port"].isdecimal()):

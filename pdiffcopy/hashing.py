@@ -53,11 +53,14 @@ def hash_worker(offset: int, block_size: int, filename: str, method: str) -> tup
     """
     Compute the checksum of one block.
 
-    :returns: A tuple of the offset (an integer) and the hexadecimal digest (a string).
+    :returns: A tuple of the offset (an integer) and the hexadecimal digest (a string) of what the file has there,
+              which is nothing behind its end.
     """
+    hasher = get_hasher(method)()
     with LocalFile(filename) as file:
-        stop = offset + file.clip(Extent(offset, block_size)).size
-        return _hash_stripe(file, offset, stop, block_size, get_hasher(method))[0]
+        for chunk in file.chunks([file.clip(Extent(offset, block_size))]):
+            hasher.update(chunk)
+    return offset, hasher.hexdigest()
 
 
 def hash_stripes(
@@ -72,6 +75,8 @@ def hash_stripes(
     :param concurrency: How many of them to keep busy.
     :returns: A generator of lists of neighbouring blocks, in order.
     """
+    if block_size < 1:
+        raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
     new_hasher = get_hasher(method)
     # A small file is cut into smaller stripes, so that there's something to do for all threads.
     share = max(STRIPE_SIZE // 16, min(STRIPE_SIZE, (stop - start) // (4 * concurrency)))

@@ -63,7 +63,7 @@ class Report:
                 f"{pluralize(result.blocks_compared, 'block')} to copy" if self.dry_run else "The whole file was copied"
             )
         else:
-            text += f" ({self.similarity:.2%} similar)"
+            text += f" ({_format_similarity(result)} similar)"
         if not self.dry_run:
             text += f", moved {format_size(result.bytes_moved, binary=True)}"
         rate = format_size(int(self.plan.size / max(self.elapsed, 1e-6)), binary=True)
@@ -75,3 +75,10 @@ class Report:
         elif self.verification == "unverified" and result.bytes_moved:
             text += " NOT VERIFIED: the server is too old to check what it wrote."
         return text
+
+
+def _format_similarity(result: Result) -> str:
+    """Round down: it's 100% only when nothing differs."""
+    total = max(result.blocks_compared, 1)
+    whole, hundredths = divmod(10000 * (total - result.blocks_changed) // total, 100)
+    return f"{whole}.{hundredths:02}%"

@@ -25,6 +25,8 @@ ARGUMENTS = st.text(st.one_of(st.characters(codec="utf-8"), st.characters(min_co
         ("http://host:123/a/b", "/a/b", "host", 123, "http"),
         ("http://host/a", "/a", "host", DEFAULT_PORT, "http"),
         ("https://host/a", "/a", "host", DEFAULT_PORT, "https"),
+        ("HTTP://host/a%20b", "/a b", "host", DEFAULT_PORT, "http"),
+        ("Https://Host:99/A", "/A", "host", 99, "https"),
         ("http://[::1]:99/a", "/a", "::1", 99, "http"),
         ("http://10.0.0.1/a%20b%3F%23%25%2B+c", "/a b?#%++c", "10.0.0.1", DEFAULT_PORT, "http"),
         ("http://host/%C3%A9%FF%0A", "/é\udcff\n", "host", DEFAULT_PORT, "http"),
@@ -98,7 +100,9 @@ def test_local_locations(expression):
         ("host:٣/a", "65535"),
         ("host:" + "9" * 5000 + "/a", "65535"),
         ("http://host:" + "9" * 5000 + "/a", None),
+        ("HTTP://host", "no file"),
         ("http://me@host/a", "password"),
+        ("HTTPS://me:secret@host/a", "password"),
         ("http://me:secret@host/a", "password"),
     ],
 )

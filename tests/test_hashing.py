@@ -93,6 +93,29 @@ def test_hash_worker_hashes_one_block(tmp_path):
         assert hash_worker(offset, 100, str(tmp_path / "file"), "md5") == expected
 
 
+@pytest.mark.parametrize("offset", [250, 300, 10**12])
+def test_hash_worker_behind_the_end(tmp_path, offset):
+    """Where there is nothing, it's the digest of nothing."""
+    write_pattern(tmp_path / "file", 250)
+    assert hash_worker(offset, 100, str(tmp_path / "file"), "md5") == (offset, hash_directly("md5", b""))
+
+
+@pytest.mark.parametrize("size", [1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * CHUNK_SIZE])
+def test_hash_worker_begins_anywhere(tmp_path, size):
+    """The offset needn't be a multiple of the block size."""
+    data = write_pattern(tmp_path / "file", 3 * CHUNK_SIZE)
+    expected = (37, hash_directly("xxh128", data[37 : 37 + size]))
+    assert hash_worker(37, size, str(tmp_path / "file"), "xxh128") == expected
+
+
+@pytest.mark.parametrize("block_size", [0, -1])
+def test_block_has_a_size(tmp_path, block_size):
+    """Nothing can't be hashed."""
+    write_pattern(tmp_path / "file", 250)
+    with pytest.raises(UsageError, match=f"at least one byte, not {block_size}"):
+        list(compute_hashes(str(tmp_path / "file"), block_size, "sha1", 2))
+
+
 @pytest.mark.usefixtures("small_stripes")
 def test_hashing_can_begin_and_end_anywhere(tmp_path):
     """A stream that is resumed has the digests that the whole one has, and a shorter end is a shorter last block."""

@@ -93,6 +93,17 @@ def test_sentences(report, expected):
     assert str(report) == expected
 
 
+@pytest.mark.parametrize(
+    "compared, changed, expected",
+    [(0, 0, "100.00%"), (10**6, 1, "99.99%"), (10**18, 1, "99.99%"), (3, 1, "66.66%"), (3, 3, "0.00%"),
+     (10**6, 10**6 - 1, "0.00%"), (100, 29, "71.00%"), (10**4, 9995, "0.05%")],
+)  # fmt: skip
+def test_similarity_is_rounded_down(compared, changed, expected):
+    """As long as something differs, it isn't called wholly similar."""
+    report = make_report(result=Result(blocks_compared=compared, blocks_changed=changed))
+    assert f"({expected} similar)" in str(report)
+
+
 def test_old_servers_are_a_warning():
     """That a target couldn't be verified can't be overlooked, unless nothing was moved."""
     assert "NOT VERIFIED" in str(make_report(replace(PLAN, verify=False)))
