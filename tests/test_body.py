@@ -91,15 +91,12 @@ def test_application_works_in_any_server(tmp_path):
 
 
 @pytest.fixture
-def connection():
-    """The two ends of a TCP connection, and gunicorn's parser at the first one."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        client = socket.create_connection(listener.getsockname())
-        sock, address = listener.accept()
-    with client, sock:
-        sock.settimeout(TIMEOUT)
-        sock.setblocking(True)
-        yield client, sock, RequestParser(Config(), sock, address)
+def parsed(connection):
+    """The two ends of a TCP connection, and gunicorn's parser at the second one."""
+    client, sock = connection
+    sock.settimeout(TIMEOUT)
+    sock.setblocking(True)
+    return client, sock, RequestParser(Config(), sock, sock.getpeername())
 
 
 def make_request(body: bytes, target: str = "/blocks", extra: str = "") -> bytes:
@@ -112,9 +109,9 @@ def get_environ(sock, request):
 
 
 @pytest.mark.parametrize("together", [0, 1, 99, 100])
-def test_octets_come_from_the_socket(connection, together):
+def test_octets_come_from_the_socket(parsed, together):
     """What came with the head first, the rest through a pipe; then the next request begins where this one ended."""
-    client, sock, parser = connection
+    client, sock, parser = parsed
     body, follower = make_data(100), make_request(b"", "/next")
     octets = make_request(body) + follower
     cut = len(octets) - len(follower) - 100 + together
@@ -129,9 +126,9 @@ def test_octets_come_from_the_socket(connection, together):
     assert next(parser).uri == "/next"
 
 
-def test_next_request_may_arrive_with_the_body(connection):
+def test_next_request_may_arrive_with_the_body(parsed):
     """What was read ahead of the body's end belongs to the next request."""
-    client, sock, parser = connection
+    client, sock, parser = parsed
     client.sendall(make_request(b"body") + make_request(b"other", "/next"))
     request = next(parser)
     assert read_all(get_environ(sock, request), 4) == b"body"
@@ -139,9 +136,9 @@ def test_next_request_may_arrive_with_the_body(connection):
     assert (request.uri, read_all(get_environ(sock, request), 5)) == ("/next", b"other")
 
 
-def test_body_that_is_not_read_is_skipped(connection):
+def test_body_that_is_not_read_is_skipped(parsed):
     """A view that gives up in the middle doesn't make the rest of the body a request."""
-    client, sock, parser = connection
+    client, sock, parser = parsed
     client.sendall(make_request(b"GET /evil HTTP/1.1\r\n\r\n" * 10) + make_request(b"", "/next"))
     request = next(parser)
     chunks = read_body(get_environ(sock, request), 220)
@@ -150,18 +147,18 @@ def test_body_that_is_not_read_is_skipped(connection):
     assert next(parser).uri == "/next"
 
 
-def test_body_that_was_begun_is_read_the_usual_way(connection):
+def test_body_that_was_begun_is_read_the_usual_way(parsed):
     """When gunicorn itself holds octets of the body, it's asked for all of them."""
-    client, sock, parser = connection
+    client, sock, parser = parsed
     client.sendall(make_request(b"line\nrest"))
     environ = get_environ(sock, next(parser))
     assert environ["wsgi.input"].readline() == b"line\n"
     assert read_all(environ, 4) == b"rest"
 
 
-def test_early_end_is_an_error_of_the_client(connection):
+def test_early_end_is_an_error_of_the_client(parsed):
     """A client that goes away is no bug."""
-    client, sock, parser = connection
+    client, sock, parser = parsed
     client.sendall(make_request(bytes(100))[:-50])
     request = next(parser)
     client.close()

@@ -25,6 +25,7 @@ from tests.support import (
     find_free_port,
     is_alive,
     make_data,
+    mounted,
     run_pdiffcopy,
     wait_for,
 )
@@ -34,7 +35,6 @@ SIZE = 16 * BLOCK
 DIRECTIONS = ("upload", "download")
 RUN_VARIABLE = "PDIFFCOPY_TEST_RUN"
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace isn't installed")
 
 # Scaffolding {{{1
@@ -421,27 +421,15 @@ def test_killing_at_random_moments_never_spoils_the_target(server, tmp_path, dir
 # Lasting faults {{{1
 
 
-@contextmanager
-def mounted_tmpfs(folder: Path, options: str):
-    """A small file system."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
-@needs_root
 @pytest.mark.parametrize("options", [[], ["-W"], ["--no-verify"]])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_full_disk_is_named(server, tmp_path, direction, options):
     """A disk that fills up, on either side, ends the run with the words of the system; with more room it completes."""
-    with mounted_tmpfs(tmp_path / "small", "size=512k") as folder:
+    with mounted(tmp_path / "small", "tmpfs", "size=512k") as folder:
         pair = Pair(tmp_path, direction, server.port)
         pair.target.unlink()
         pair.target = folder / "target"
@@ -453,12 +441,11 @@ def test_full_disk_is_named(server, tmp_path, direction, options):
         pair.check_completion(server.port, *options)
 
 
-@needs_root
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_read_only_mount_is_named(server, tmp_path, direction, missing):
     """A target on a read-only file system ends the run with the words of the system."""
-    with mounted_tmpfs(tmp_path / "mount", "size=4m") as folder:
+    with mounted(tmp_path / "mount", "tmpfs", "size=4m") as folder:
         pair = Pair(tmp_path, direction, server.port)
         if not missing:
             shutil.copy(pair.target, folder / "target")

@@ -35,16 +35,6 @@ def piped():
     os.close(sink)
 
 
-@pytest.fixture
-def connection():
-    """The two ends of a TCP connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = socket.create_connection(listener.getsockname())
-        far, _ = listener.accept()
-    with near, far:
-        yield near, far
-
-
 def send_all(sock: socket.socket, data: bytes) -> threading.Thread:
     """Send octets while somebody else receives them."""
     thread = threading.Thread(target=sock.sendall, args=(data,), daemon=True)
