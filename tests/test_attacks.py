@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import resource
+import signal
 import socket
 import ssl
 import subprocess
@@ -491,18 +492,23 @@ CLIENT_MEMORY = 160 * MEBIBYTE
 
 def run_measured(*arguments, seconds: float = 30, **environment) -> tuple[int, str, int]:
     """Run a client: its exit code, what it wrote to stderr, and the most memory that one of its processes had."""
-    read, write = os.pipe()
-    command = [sys.executable, "-m", "pdiffcopy", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=write, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
-    os.close(write)
-    killer = Timer(seconds, process.kill)
-    killer.start()
-    with open(read, "rb") as handle:
-        stderr = handle.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    killer.cancel()
-    return process.returncode, stderr.decode("utf-8", "replace"), usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "pdiffcopy", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env={**os.environ, **environment}, start_new_session=True) as process:
+        killer = Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        killer.start()
+        stdout, stderr = process.communicate()
+        killer.cancel()
+    returncode, memory = map(int, stdout.split())
+    return returncode, stderr.decode("utf-8", "replace"), memory * 1024
+
+
+MEASURE = """
+import resource, subprocess, sys
+process = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(process.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+"""Runs a command and prints its exit code and memory. (Memory counts from the fork on, and a test run has a lot.)"""
 
 
 @pytest.mark.parametrize("behaviour", sorted(BEHAVIOURS.keys() - ELSEWHERE - set(HARMLESS)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import select
 import struct
 import termios
 import threading
@@ -25,7 +26,11 @@ def terminal():
 
     def read():
         stream.flush()
-        return os.read(controller, 65536).decode()
+        parts = []
+        # The kernel passes on what was written in its own time.
+        while select.select([controller], [], [], 0.3)[0]:
+            parts.append(os.read(controller, 65536))
+        return b"".join(parts).decode()
 
     with stream, redirect_stderr(stream):
         yield read
