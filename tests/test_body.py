@@ -24,6 +24,8 @@ from pdiffcopy.server import Settings, create_app
 from pdiffcopy.splice import Piped
 from tests.support import STALL, make_data, serve_https, write_pattern
 
+pytestmark = pytest.mark.usefixtures("no_hang")
+
 TIMEOUT = 20
 LARGE = 10_000_000
 
@@ -94,8 +96,6 @@ def test_application_works_in_any_server(tmp_path):
 def parsed(connection):
     """The two ends of a TCP connection, and gunicorn's parser at the second one."""
     client, sock = connection
-    sock.settimeout(TIMEOUT)
-    sock.setblocking(True)
     return client, sock, RequestParser(Config(), sock, sock.getpeername())
 
 
