@@ -7,8 +7,11 @@ The core tells a :class:`Reporter` what was done and never draws anything. The p
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -61,5 +64,5 @@ class Bar(Reporter):
 
 
 def make_reporter(total: int, label: str) -> Reporter:
-    """Get a bar when there's a terminal to draw it on."""
-    return Bar(total, label) if sys.stderr.isatty() else Reporter()
+    """Get a bar when there's a terminal to draw it on, and nobody asked for silence."""
+    return Bar(total, label) if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO) else Reporter()

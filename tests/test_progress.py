@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
 import select
 import struct
@@ -35,6 +36,19 @@ def terminal():
     with stream, redirect_stderr(stream):
         yield read
     os.close(controller)
+
+
+@pytest.fixture(autouse=True)
+def talkative(caplog):
+    """The level of messages that a command line without -q has."""
+    caplog.set_level(logging.INFO)
+
+
+def test_quiet_run_draws_nothing(caplog):
+    """Who asks for less than messages gets no bar either."""
+    caplog.set_level(logging.WARNING)
+    with terminal():
+        assert type(make_reporter(1000, "copying")) is Reporter
 
 
 def test_bar_shows_what_was_compared_and_moved():
