@@ -269,9 +269,10 @@ class Client(PropertyManager):
         with self._watching_source(source, plan):
             if not target.exists:
                 replica.resize(source.size)
-                target = replica.info()[0]
             # From here on no other run may mix its data with ours: one that begins later ends this one.
             plan = replace(plan, run=plan.run if replica.claim(plan.run) else "")
+            # An earlier one may have resized the target until now.
+            target = replica.info()[0]
             if target.size < source.size:
                 replica.resize(source.size, plan.run)
             pool = WorkerPool(
