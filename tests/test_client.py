@@ -551,7 +551,7 @@ def test_source_that_changes_during_the_run_is_never_a_success(server, tmp_path,
 
 @pytest.mark.parametrize("change", ["is removed", "is replaced", "grows"])
 def test_target_that_changes_before_it_is_claimed_ends_up_right(server, tmp_path, direction, change):
-    """What counts is the target that was claimed, not what it was when the run began: it's made equal, or that fails."""
+    """What counts is the target that was claimed, not what it was when the run began."""
     source, target = tmp_path / "source", tmp_path / "target"
     write_pattern(source, 4 * BLOCK)
     write_pattern(target, 4 * BLOCK)
