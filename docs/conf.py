@@ -35,8 +35,14 @@ def _avoid_keyword_references(app, what, name, obj, options, lines):
     lines[:] = [line.replace(":keyword:`del`", "``del``") for line in lines]
 
 
+def _place_pictures(app, path, docname, content):
+    """The readme lies in another folder than the page that includes it."""
+    content[0] = content[0].replace(".. image:: docs/", ".. image:: ")
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("include-read", _place_pictures)
     # One before and one after property_manager.sphinx, which listens too.
     app.connect("autodoc-process-docstring", _show_usage_literally, priority=100)
     app.connect("autodoc-process-docstring", _avoid_keyword_references, priority=900)
