@@ -107,8 +107,8 @@ def format_table(measurements: list[Measurement]) -> str:
     rows = []
     for m in measurements:
         delta = f"{m.percentage:.0f}% ({format_size(m.changed, binary=True)})"
-        row = [delta, format_size(m.moved, binary=True), format_timespan(m.runtime, detailed=True)]
-        rows.append(row + ([format_timespan(m.rsync_runtime, detailed=True)] if m.rsync_runtime is not None else []))
+        row = [delta, format_size(m.moved, binary=True), format_timespan(m.runtime)]
+        rows.append(row + ([format_timespan(m.rsync_runtime)] if m.rsync_runtime is not None else []))
     return format_pretty_table(rows, header[: len(rows[0])])
 
 
