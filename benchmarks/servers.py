@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ STARTUP_TIMEOUT = 30
 END_TIMEOUT = 20
 
 
-class Server:
+class Server(ABC):
     """A server process (a context manager)."""
 
     def __init__(self, folder: Path, address: str = LOOPBACK, prefix: Sequence[str] = ()):
@@ -41,13 +42,13 @@ class Server:
         self.port = find_free_port()
         self.output = folder / f"server-{self.port}.log"
 
+    @abstractmethod
     def get_command(self) -> list[str]:
         """The command line of the server."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_location(self, path: Path) -> str:
         """How clients name a file."""
-        raise NotImplementedError
 
     def __enter__(self) -> Any:
         with self.output.open("wb") as log:
@@ -87,7 +88,7 @@ class Server:
         """The process that all others of the server descend from."""
         return self.process.pid
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 (there may be nothing to do)
         """Wait until what a client left behind is done (by default there's nothing)."""
 
     def get_cpu_seconds(self) -> float:

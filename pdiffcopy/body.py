@@ -3,7 +3,7 @@ How is the body of a request read without copying it again and again?
 
 WSGI hands out new byte strings, and gunicorn collects, cuts and joins them on the way: that's four copies of each octet
 and half of the time of an upload. When the server is gunicorn, and its objects look as expected, the octets are
-received from the socket into one buffer instead; otherwise WSGI's own way is taken.
+spliced from the socket (see :mod:`.splice`) instead; otherwise WSGI's own way is taken.
 """
 
 from __future__ import annotations

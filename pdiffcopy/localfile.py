@@ -56,6 +56,7 @@ MACHINE = Namespace()
 
 @contextmanager
 def translating(action: str, filename: str) -> Iterator[None]:
+    """Turn an :exc:`OSError` into a :exc:`.FileError` that names the file and what was tried."""
     try:
         yield
     except OSError as e:

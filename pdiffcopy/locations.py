@@ -224,10 +224,7 @@ class Location(PropertyManager):
         """A dictionary with file metadata (empty when the file doesn't exist)."""
         if not self.hostname:
             return get_file_info(self.address.filename)
-        info, _ = self.replica.info()
-        if not info.exists:
-            return {}
-        return {"size": info.size, "mtime_ns": info.mtime_ns, "file_id": info.file_id, "resizable": info.resizable}
+        return self.replica.info()[0].as_dict()
 
     @cached_property(repr=False)
     def exists(self) -> bool:

@@ -26,10 +26,7 @@ def get_file_info(filename: str) -> dict[str, Any]:
     :returns: A dictionary with file metadata: ``size`` (bytes), ``mtime_ns``, ``file_id`` and ``resizable``, see
               :class:`.FileInfo`. If the file doesn't exist an empty dictionary is returned.
     """
-    info = stat_file(filename)
-    if not info.exists:
-        return {}
-    return {"size": info.size, "mtime_ns": info.mtime_ns, "file_id": info.file_id, "resizable": info.resizable}
+    return stat_file(filename).as_dict()
 
 
 def get_file_size(filename: str) -> int | None:

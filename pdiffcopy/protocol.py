@@ -105,6 +105,10 @@ class FileInfo:
     resizable: bool = True
     """False for a block device: its size is what it is."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """The members of the answer to ``/info`` that are about the file (none when there's no file)."""
+        return {name: value for name, value in vars(self).items() if name != "exists"} if self.exists else {}
+
 
 @dataclass(frozen=True)
 class PeerInfo:
@@ -265,9 +269,7 @@ def check_digest(digest: str) -> str:
 
 def encode_info(info: FileInfo, methods: Iterable[str] = (), writable: bool = True) -> dict[str, Any]:
     """The members of the answer to ``/info`` (the problem for a missing file has only the last of them)."""
-    document: dict[str, Any] = {}
-    if info.exists:
-        document.update(size=info.size, mtime_ns=info.mtime_ns, file_id=info.file_id, resizable=info.resizable)
+    document = info.as_dict()
     document["server"] = {
         "version": __version__,
         "features": sorted(FEATURES),

@@ -97,7 +97,7 @@ class _Views:
         """``GET /info``"""
         info = wire.FileInfo(exists=False)
         try:
-            with self.open() as file:
+            with self.open(Parameters(request.query_string).filename) as file:
                 info = file.info()
         except FileMissingError as e:
             return _problem(e.http_status, str(e), self.describe(info))
@@ -114,7 +114,7 @@ class _Views:
         get_hasher(method)
         executor, limit = _get_executor(os.getpid())
         concurrency = min(parameters.integer("concurrency", 1, wire.MAX_CONCURRENCY, default=1), limit)
-        file = self.open()
+        file = self.open(parameters.filename)
         stripes = hash_stripes(file, start, file.info().size, block_size, method, executor, concurrency)
         response = Response(map(wire.format_hashes, stripes), mimetype="text/plain")
         response.call_on_close(stripes.close)
@@ -125,7 +125,7 @@ class _Views:
         """``GET /blocks``"""
         parameters = Parameters(request.query_string)
         extents = parameters.extents()
-        file = self.open()
+        file = self.open(parameters.filename)
         if not extents:
             size = parameters.integer("size", 0, wire.MAX_BLOCK_SIZE)
             extents = [file.clip(Extent(parameters.integer("offset"), size))]
@@ -157,7 +157,7 @@ class _Views:
         if length != sum(extent.size for extent in extents):
             raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
         digest = request.headers.get(wire.DIGEST_HEADER, "")
-        with self.open(write=True) as file:
+        with self.open(parameters.filename, write=True) as file:
             file.write(
                 extents, read_body(request.environ, length), digest and wire.check_digest(digest), parameters.run
             )
@@ -191,7 +191,7 @@ class _Views:
         """``POST /sync``"""
         self.check_writable()
         filename = Parameters(request.query_string).filename
-        self.open().close()
+        self.open(filename).close()
         return Response(self.report_sync(filename), mimetype="text/plain")
 
     def report_sync(self, filename: str) -> Iterator[str]:
@@ -208,9 +208,8 @@ class _Views:
         else:
             yield f"{wire.SYNC_DONE}\n"
 
-    def open(self, write: bool = False) -> LocalFile:
+    def open(self, filename: str, write: bool = False) -> LocalFile:
         """Open the file that a request is about."""
-        filename = Parameters(request.query_string).filename
         return LocalFile(filename, write, self.namespace, self.settings.devices)
 
     def describe(self, info: wire.FileInfo) -> dict[str, Any]:
