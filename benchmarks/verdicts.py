@@ -22,6 +22,7 @@ from benchmarks.contenders import (
     WHOLE,
     WHOLE_UNVERIFIED,
     XXH128,
+    Contender,
 )
 from benchmarks.files import MISSING, PREFIX, SCATTERED
 from benchmarks.groups import LINKS, LONG_RELAY, MEMORY_PERCENT, MEMORY_RATIO, PERCENTAGES, RELAY, SMALL_SIZE
@@ -74,7 +75,9 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("upload", "the same download", 1.25, ratios.upload),
         ("10 MiB, nothing changed", 'python -c "import requests"', 2.0, ratios.small),
         ("bytes on the wire, 10 %", "the changed bytes", 1.01, ratios.wire),
-        ("1 Gbit/s link, 10 % scattered", "changed bytes / bandwidth", 1.25, ratios.link),
+        # No method is promised here. What sha1 alone takes on two cores is close to what the wire takes.
+        ("1 Gbit/s link, 10 % scattered, xxh128", "changed bytes / bandwidth", 1.25, partial(ratios.link, XXH128)),
+        ("1 Gbit/s link, 10 % scattered, sha1", "changed bytes / bandwidth", 1.25, partial(ratios.link, SHA1)),
         ("50 ms round trip, 10 % scattered", "the same without delay", 2.0, ratios.long),
         (f"memory, {MEMORY_RATIO} times the file", "the file", 1.05, ratios.memory),
     ]
@@ -167,13 +170,12 @@ class _Ratios:
                 case = Case("wire", contender, self.size, direction, link=RELAY)
                 yield f"{contender.name}, {direction}", self.results.median(case, _get_wire_share)
 
-    def link(self) -> Ratios:
+    def link(self, contender: Contender) -> Ratios:
         name = "1 Gbit/s"
-        for contender in (SHA1, XXH128):
-            for direction in (DOWNLOAD, UPLOAD):
-                case = Case("links", contender, self.size, direction, link=name)
-                seconds = self.results.median(case, lambda sample: sample.changed * 8 / LINKS[name])
-                yield f"{contender.name}, {direction}", _divide(self.results.median(case), seconds)
+        for direction in (DOWNLOAD, UPLOAD):
+            case = Case("links", contender, self.size, direction, link=name)
+            seconds = self.results.median(case, lambda sample: sample.changed * 8 / LINKS[name])
+            yield direction, _divide(self.results.median(case), seconds)
 
     def long(self) -> Ratios:
         for contender in (SHA1, XXH128):

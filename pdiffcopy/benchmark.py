@@ -82,7 +82,7 @@ def mutate_target(client: Client, percentage: float) -> int:
     if client.target.hostname:
         raise UsageError("Only a local file can be mutated: {label} isn't one", label=client.target.label)
     with LocalFile(client.target.address.filename, write=True) as file:
-        size = file.info().size
+        size = file.size()
         count = count_blocks(size, client.block_size)
         chosen = random.Random(count).sample(range(count), round(count * min(max(percentage, 0), 100) / 100))
         changed = 0

@@ -1,21 +1,24 @@
 """
-How is the body of a request read without copying it again and again?
+How do octets travel between a file and the client without being copied again and again?
 
-WSGI hands out new byte strings, and gunicorn collects, cuts and joins them on the way: that's four copies of each octet
-and half of the time of an upload. When the server is gunicorn, and its objects look as expected, the octets are
-spliced from the socket (see :mod:`.splice`) instead; otherwise WSGI's own way is taken.
+WSGI moves byte strings. On the way in gunicorn collects, cuts and joins them: that's four copies of each octet and half
+of the time of an upload. On the way out each octet is read into a new string and sent from there. When the server is
+gunicorn, and its objects look as expected, the octets are spliced from the socket (see :mod:`.splice`), and sent by
+``sendfile(2)``; otherwise WSGI's own way is taken.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Iterator
-from typing import Any
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeGuard
 
 from pdiffcopy.exceptions import RequestError
-from pdiffcopy.localfile import CHUNK_SIZE, Chunk
-from pdiffcopy.splice import receive
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
+from pdiffcopy.protocol import Extent
+from pdiffcopy.splice import Chunk, receive
 
 
 def read_body(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
@@ -33,6 +36,28 @@ def read_body(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
         raise RequestError("The body ended early: {reason}", reason=e.strerror or e) from e
 
 
+def send_extents(environ: dict[str, Any], file: LocalFile, extents: Iterable[Extent]) -> Iterator[bytes]:
+    """
+    Send a part of a file as the body of a response.
+
+    :param environ: The WSGI environment of the request.
+    :returns: A generator of what is left to WSGI.
+    :raises: :exc:`.FileError` when the file ends before an extent does. The client learns of that when gunicorn closes
+             the connection.
+    """
+    sock = environ.get("gunicorn.socket")
+    if not _is_plain(sock):
+        yield from map(bytes, file.chunks(extents))
+        return
+    yield b""  # makes gunicorn send the head
+    for offset, size in extents:
+        file.send(sock.fileno(), offset, size)
+
+
+def _is_plain(sock: Any) -> TypeGuard[socket.socket]:
+    return isinstance(sock, socket.socket) and not isinstance(sock, ssl.SSLSocket)
+
+
 def _read(environ: dict[str, Any], length: int) -> Iterator[bytes]:
     while length:
         chunk = environ["wsgi.input"].read(min(length, CHUNK_SIZE))
@@ -46,8 +71,7 @@ def _is_direct(environ: dict[str, Any], length: int) -> bool:
     reader = getattr(environ["wsgi.input"], "reader", None)
     unreader = getattr(reader, "unreader", None)
     return (
-        isinstance(environ.get("gunicorn.socket"), socket.socket)
-        and not isinstance(environ["gunicorn.socket"], ssl.SSLSocket)
+        _is_plain(environ.get("gunicorn.socket"))
         and getattr(unreader, "sock", None) is environ["gunicorn.socket"]
         and getattr(reader, "length", None) == length
         and hasattr(unreader, "buf")
@@ -61,7 +85,13 @@ def _receive(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
     ahead = reader.unreader.read(min(length, len(reader.unreader.buf.getvalue())))
     reader.length -= len(ahead)
     yield ahead
-    for chunk in receive(sock.fileno(), reader.length):
+    for chunk in receive(sock.fileno(), reader.length, _get_timeout(sock)):
         # Gunicorn looks at this to find out whether the next request follows.
         reader.length -= len(chunk)
         yield chunk
+
+
+def _get_timeout(sock: socket.socket) -> float | None:
+    """How long the socket itself waits, in seconds (see socket(7), the server configures it)."""
+    seconds, microseconds = struct.unpack("ll", sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
+    return seconds + microseconds / 1e6 or None

@@ -26,8 +26,9 @@ BATCH_SIZE = 16 * 1024 * 1024
 
 COMPARE_WINDOW = 128 * 1024 * 1024
 """After how many compared bytes a batch is closed, even when it isn't full (or empty, to report progress)..."""
-FIRST_WINDOW = 16 * 1024 * 1024
-"""... and that of the first batch: it's doubled with each one, so that the network has something to do early on."""
+FIRST_WINDOW = 8 * 1024 * 1024
+"""... and that of the first batch. Each one waits for a quarter more than the one before, so that it's found about when
+that one has been moved, if a slow wire and a slow hash method take equally long."""
 
 BATCH_BLOCKS = 65536
 """How many changed blocks make up a batch at most: their digests may have to travel with it."""
@@ -158,7 +159,7 @@ class _Accumulator:
             tuple(self.extents), tuple(self.digests), self.blocks_compared, self.blocks_changed, self.bytes_compared
         )
         self.clear()
-        self.window = min(2 * self.window, COMPARE_WINDOW)
+        self.window = min(self.window + self.window // 4, COMPARE_WINDOW)
         return batch
 
     def continues(self, block: Block) -> bool:

@@ -45,7 +45,7 @@ def compute_hashes(filename: str, block_size: int, method: str, concurrency: int
     """
     get_hasher(method)
     with LocalFile(filename) as file, ThreadPoolExecutor(concurrency) as executor:
-        for stripe in hash_stripes(file, 0, file.info().size, block_size, method, executor, concurrency):
+        for stripe in hash_stripes(file, 0, file.size(), block_size, method, executor, concurrency):
             yield from stripe
 
 
@@ -77,15 +77,15 @@ def hash_stripes(
     """
     if block_size < 1:
         raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
-    new_hasher = get_hasher(method)
-    # A small file is cut into smaller stripes, so that there's something to do for all threads.
-    share = max(STRIPE_SIZE // 16, min(STRIPE_SIZE, (stop - start) // (4 * concurrency)))
-    stripe_size = min(max(share // block_size, 1), STRIPE_BLOCKS) * block_size
+    new_hasher, begin = get_hasher(method), start
     pending: deque[Future[list[BlockDigest]]] = deque()
     try:
-        for offset in range(start, stop, stripe_size):
-            end = min(offset + stripe_size, stop)
-            pending.append(executor.submit(_hash_stripe, file, offset, end, block_size, new_hasher))
+        while start < stop:
+            # Small stripes come first: somebody waits for them, and a small file is to keep all threads busy.
+            share = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (start - begin) // (2 * concurrency)))
+            end = min(start + min(max(share // block_size, 1), STRIPE_BLOCKS) * block_size, stop)
+            pending.append(executor.submit(_hash_stripe, file, start, end, block_size, new_hasher))
+            start = end
             if len(pending) > 2 * concurrency:
                 yield pending.popleft().result()
         while pending:

@@ -14,14 +14,14 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import xxhash
 
 from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, RangeError, TakenOverError
 from pdiffcopy.protocol import Extent, FileInfo
-from pdiffcopy.splice import Piped
+from pdiffcopy.splice import Chunk, Piped, spread
 
 CHUNK_SIZE = 256 * 1024
 """How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
@@ -31,9 +31,6 @@ LOCK_TIMEOUT = 20.0
 
 RUN_ATTRIBUTE = "user.pdiffcopy.run"
 """The extended attribute that tells which run may write to a file (xattr(7))."""
-
-Chunk = bytes | memoryview | Piped
-"""Octets on their way, cut anywhere."""
 
 _IDLE_BUFFERS = 16
 _idle_buffers: list[mmap.mmap] = []
@@ -54,13 +51,24 @@ class Namespace:
 MACHINE = Namespace()
 
 
-@contextmanager
-def translating(action: str, filename: str) -> Iterator[None]:
+class translating(AbstractContextManager[None]):
     """Turn an :exc:`OSError` into a :exc:`.FileError` that names the file and what was tried."""
-    try:
-        yield
-    except OSError as e:
-        raise FileError.from_os_error(e, action, filename) from e
+
+    # A class, since a generator would take longer than the system call that it surrounds.
+
+    def __init__(self, action: str, filename: str):
+        """
+        Initialize a context manager.
+
+        :param action: What is tried (a verb).
+        :param filename: With which file.
+        """
+        self.action = action
+        self.filename = filename
+
+    def __exit__(self, exc_type: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, OSError):
+            raise FileError.from_os_error(error, self.action, self.filename) from error
 
 
 class LocalFile:
@@ -121,14 +129,18 @@ class LocalFile:
         """Size and identity of the file."""
         with translating("examine", self.filename):
             status = os.fstat(self.fd)
-            size = os.lseek(self.fd, 0, os.SEEK_END) if self.is_device else status.st_size
         # The contents of a device change without a trace in its node: there is no time to compare.
         mtime_ns = 0 if self.is_device else status.st_mtime_ns
-        return FileInfo(True, size, mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
+        return FileInfo(True, self.size(), mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
+
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        with translating("examine", self.filename):
+            return os.lseek(self.fd, 0, os.SEEK_END) if self.is_device else os.fstat(self.fd).st_size
 
     def clip(self, extent: Extent) -> Extent:
         """The part of an extent that lies within the file."""
-        return Extent(extent.offset, max(0, min(extent.size, self.info().size - extent.offset)))
+        return Extent(extent.offset, max(0, min(extent.size, self.size() - extent.offset)))
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
@@ -156,10 +168,18 @@ class LocalFile:
                         raise self._too_short(position + len(view))
                     yield view
 
-    def check_size(self, size: int) -> None:
-        """Raise an error when the file ends before it has this size (in bytes)."""
-        if self.info().size < size:
-            raise self._too_short(size)
+    def send(self, sock: int, offset: int, size: int) -> None:
+        """
+        Send octets to a socket, without a detour through this program.
+
+        :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does.
+        """
+        end = offset + size
+        while offset < end:
+            count = os.sendfile(sock, self.fd, offset, end - offset)
+            if not count:
+                raise self._too_short(end)
+            offset += count
 
     def _too_short(self, size: int) -> FileError:
         text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
@@ -189,7 +209,7 @@ class LocalFile:
             size = len(piece)
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.
             with self.writing(run):
-                if run and offset + size > self.info().size:
+                if run and offset + size > self.size():
                     # A run makes room first. To write here would make a hole of what somebody has cut off meanwhile.
                     text = "Can't write to {filename} up to offset {offset}: somebody has cut it meanwhile"
                     raise RangeError(text, filename=self.filename, offset=offset + size)
@@ -284,7 +304,7 @@ class LocalFile:
         if not self.is_device:
             with translating("resize", self.filename):
                 os.ftruncate(self.fd, size)
-        elif size > self.info().size:
+        elif size > self.size():
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
             raise FileForbiddenError(text, filename=self.filename, size=size)
 
@@ -312,29 +332,3 @@ def _borrowed_buffer() -> Iterator[memoryview]:
     finally:
         if len(_idle_buffers) < _IDLE_BUFFERS:
             _idle_buffers.append(buffer)
-
-
-def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple[int, memoryview | Piped]]:
-    """
-    Find out where octets belong.
-
-    :param extents: The extents to fill, one after the other.
-    :param chunks: The octets, cut anywhere.
-    :returns: A generator of tuples of an offset and the octets that belong there.
-    :raises: :exc:`ValueError` when there are more octets than the extents take, or fewer.
-    """
-    remaining = list(reversed(extents))
-    offset = room = 0
-    for chunk in chunks:
-        view = chunk if isinstance(chunk, Piped) else memoryview(chunk)
-        while size := len(view):
-            while not room:
-                if not remaining:
-                    raise ValueError("more octets than the extents take")
-                offset, room = remaining.pop()
-            size = min(size, room)
-            piece, view = view[:size], view[size:]
-            yield offset, piece
-            offset, room = offset + size, room - size
-    if room or any(extent.size for extent in remaining):
-        raise ValueError("fewer octets than the extents take")

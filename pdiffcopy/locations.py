@@ -23,9 +23,10 @@ from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_
 from pdiffcopy.address import Address, parse_location
 from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
 from pdiffcopy.hashing import get_methods, hash_stripes
-from pdiffcopy.localfile import Chunk, LocalFile
+from pdiffcopy.localfile import LocalFile
 from pdiffcopy.operations import claim_file, get_file_info, read_block, release_file, resize_file, stat_file, sync_file
 from pdiffcopy.protocol import FEATURES, Extent, FileInfo, PeerInfo
+from pdiffcopy.splice import Chunk
 
 
 @dataclass(frozen=True)
@@ -139,17 +140,13 @@ class LocalReplica(Replica):
         sync_file(self.filename)
 
 
+@lru_cache(maxsize=16)
 def open_replica(address: Address, network: Network) -> Replica:
     """
-    Get the replica at an address. A process gets the same one each time, so that connections are used again.
+    Get the replica at an address, the same one each time, so that connections are used again.
 
     :raises: :exc:`.DependencyError` when it is remote and the requirements of the client aren't installed.
     """
-    return _open_replica(address, network, os.getpid())
-
-
-@lru_cache(maxsize=16)
-def _open_replica(address: Address, network: Network, pid: int) -> Replica:
     if not address.hostname:
         return LocalReplica(os.path.abspath(address.filename))
     try:

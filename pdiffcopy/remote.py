@@ -2,7 +2,7 @@
 How is a file behind a server read and written?
 
 This is the edge where requests ends: whatever it raises leaves here as a :exc:`.ProgramError`, and whatever a server
-says is checked before it's believed. A session keeps its connections alive, and belongs to one process.
+says is checked before it's believed.
 
 Every request is idempotent. Requests without a body to speak of are repeated here; a transfer is repeated as a whole
 by :mod:`.pipeline`, since the octets have to come from the other replica again. A stream of hashes that breaks off
@@ -11,6 +11,7 @@ goes on where it was.
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +23,8 @@ from typing import Any, NoReturn
 import requests
 import urllib3
 
-from pdiffcopy import __version__
 from pdiffcopy.address import Address
+from pdiffcopy.connections import open_session
 from pdiffcopy.delta import count_blocks, in_order
 from pdiffcopy.exceptions import (
     AuthenticationError,
@@ -38,7 +39,7 @@ from pdiffcopy.exceptions import (
     TakenOverError,
     TransientError,
 )
-from pdiffcopy.localfile import CHUNK_SIZE, Chunk
+from pdiffcopy.localfile import CHUNK_SIZE
 from pdiffcopy.locations import Network, Reading, Replica
 from pdiffcopy.protocol import (
     BLOCKS,
@@ -68,8 +69,7 @@ from pdiffcopy.protocol import (
     parse_hashes,
 )
 from pdiffcopy.retry import Patience
-from pdiffcopy.security import check_authority
-from pdiffcopy.splice import Piped, receive
+from pdiffcopy.splice import Chunk, Piped, receive
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
@@ -104,14 +104,15 @@ class RemoteReplica(Replica):
         self.network = network
         self._peer: PeerInfo | None = None
         self._size = 0
-        self._session = requests.Session()
-        self._session.trust_env = False
-        self._session.headers.update({"Accept-Encoding": "identity", "User-Agent": f"pdiffcopy/{__version__}"})
-        if network.token:
-            self._session.headers["Authorization"] = f"Bearer {network.token}"
-        if network.ca_file:
-            check_authority(network.ca_file)
-            self._session.verify = network.ca_file
+        self._sessions: dict[int, requests.Session] = {}
+
+    @property
+    def session(self) -> requests.Session:
+        """The connections of this process: one that is forked opens its own, but knows what we have been told."""
+        pid = os.getpid()
+        if pid not in self._sessions:
+            self._sessions[pid] = open_session(self.network.token, self.network.ca_file)
+        return self._sessions[pid]
 
     def info(self) -> tuple[FileInfo, PeerInfo]:
         """See :meth:`.Replica.info`."""
@@ -231,7 +232,7 @@ class RemoteReplica(Replica):
         url = self.address.url(endpoint, **(params or {}))
         headers = {REQUEST_HEADER: digest_query(url.partition("?")[2]), **(headers or {})}
         try:
-            with self._session.request(
+            with self.session.request(
                 verb, url, data=body, headers=headers, stream=True, allow_redirects=False,
                 timeout=self.network.timeout,
             ) as response:  # fmt: skip

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 import os
 import ssl
 import stat
+from typing import TYPE_CHECKING
 
 from pdiffcopy.exceptions import FileError, UsageError
+
+if TYPE_CHECKING:
+    from pdiffcopy.client import Client
 
 TOKEN_VARIABLE = "PDIFFCOPY_TOKEN"
 CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
 """Where systemd puts the credentials of a service, systemd.exec(5)."""
 
 _MAX_TOKEN = 4096
+
+logger = logging.getLogger(__name__)
 
 
 def load_token(filename: str = "") -> str:
@@ -99,3 +106,11 @@ def check_authority(filename: str) -> None:
         ssl.create_default_context(cafile=filename)
     except OSError as e:
         raise FileError.from_os_error(e, "use the certificate authority", filename) from e
+
+
+def warn_of_eavesdroppers(client: Client) -> None:
+    """Warn when the token is going to travel in clear text."""
+    for location in (client.source, client.target):
+        if client.network.token and location.hostname and location.scheme == "http":
+            if not is_loopback(location.hostname):
+                logger.warning("The token and the data for %s can be read on their way: use https", location.label)

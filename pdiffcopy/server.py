@@ -19,12 +19,11 @@ from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
-from werkzeug.wsgi import wrap_file
 
 from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy import protocol as wire
 from pdiffcopy.address import parse_listen
-from pdiffcopy.body import read_body
+from pdiffcopy.body import read_body, send_extents
 from pdiffcopy.confinement import Root
 from pdiffcopy.exceptions import (
     AuthenticationError,
@@ -37,7 +36,7 @@ from pdiffcopy.exceptions import (
     TooLargeError,
 )
 from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
-from pdiffcopy.localfile import CHUNK_SIZE, MACHINE, LocalFile
+from pdiffcopy.localfile import MACHINE, LocalFile
 from pdiffcopy.operations import claim_file, release_file, resize_file, sync_file
 from pdiffcopy.protocol import Extent, Parameters
 from pdiffcopy.security import check_certificate, check_token, is_loopback, load_token
@@ -115,7 +114,7 @@ class _Views:
         executor, limit = _get_executor(os.getpid())
         concurrency = min(parameters.integer("concurrency", 1, wire.MAX_CONCURRENCY, default=1), limit)
         file = self.open(parameters.filename)
-        stripes = hash_stripes(file, start, file.info().size, block_size, method, executor, concurrency)
+        stripes = hash_stripes(file, start, file.size(), block_size, method, executor, concurrency)
         response = Response(map(wire.format_hashes, stripes), mimetype="text/plain")
         response.call_on_close(stripes.close)
         response.call_on_close(file.close)
@@ -129,16 +128,12 @@ class _Views:
         if not extents:
             size = parameters.integer("size", 0, wire.MAX_BLOCK_SIZE)
             extents = [file.clip(Extent(parameters.integer("offset"), size))]
-        elif max(map(sum, extents)) > file.info().size:
+        elif max(map(sum, extents)) > file.size():
             raise RangeError("An extent lies beyond the end of the file")
         headers = {"Content-Length": str(sum(extent.size for extent in extents))}
         if parameters.integer("digest", 0, 1, default=0):
             headers[wire.DIGEST_HEADER] = file.digest(extents)
-        if len(extents) == 1 and extents[0].size and not file.is_device and request.scheme == "http":
-            # Gunicorn knows this wrapper and calls sendfile(2) for it.
-            body: Any = wrap_file(request.environ, _Slice(file, extents[0]), CHUNK_SIZE)  # type: ignore[arg-type]
-        else:
-            body = map(bytes, file.chunks(extents))
+        body = send_extents(request.environ, file, extents)
         response = Response(body, headers=headers, mimetype="application/octet-stream", direct_passthrough=True)
         response.call_on_close(file.close)
         return response
@@ -220,32 +215,6 @@ class _Views:
         """Refuse what would change something, before anything is touched."""
         if self.settings.read_only:
             raise ForbiddenError("This server is read-only")
-
-
-class _Slice:
-    """A part of a file, as ``wsgi.file_wrapper`` wants it."""
-
-    def __init__(self, file: LocalFile, extent: Extent):
-        self.file = file
-        self.position, self.remaining = extent
-        self.end = extent.offset + extent.size
-        os.lseek(file.fileno(), extent.offset, os.SEEK_SET)  # that's where sendfile begins
-
-    def fileno(self) -> int:
-        return self.file.fileno()
-
-    def read(self, size: int) -> bytes:
-        if not self.remaining:
-            return b""
-        chunk = b"".join(map(bytes, self.file.chunks([Extent(self.position, min(size, self.remaining))])))
-        self.position += len(chunk)
-        self.remaining -= len(chunk)
-        return chunk
-
-    def close(self) -> None:
-        """An error here makes gunicorn close the connection: the client has to learn that octets are missing."""
-        with self.file:
-            self.file.check_size(self.end)
 
 
 @lru_cache(maxsize=1)

@@ -11,11 +11,17 @@ import errno
 import fcntl
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+
+from pdiffcopy.protocol import Extent
 
 PIPE_SIZE = 1024 * 1024
 """How much a pipe holds if the system allows it (pipe(7): that's what a process may ask for by default)."""
+
+
+ENOUGH = 256 * 1024
+"""How many octets are worth being handled: a slow wire brings a few at a time, and each chunk takes system calls."""
 
 
 class Piped:
@@ -64,13 +70,43 @@ class Piped:
             offset += count
 
 
+Chunk = bytes | memoryview | Piped
+"""Octets on their way, cut anywhere."""
+
+
+def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple[int, memoryview | Piped]]:
+    """
+    Find out where octets belong.
+
+    :param extents: The extents to fill, one after the other.
+    :param chunks: The octets, cut anywhere.
+    :returns: A generator of tuples of an offset and the octets that belong there.
+    :raises: :exc:`ValueError` when there are more octets than the extents take, or fewer.
+    """
+    remaining = list(reversed(extents))
+    offset = room = 0
+    for chunk in chunks:
+        view = chunk if isinstance(chunk, Piped) else memoryview(chunk)
+        while size := len(view):
+            while not room:
+                if not remaining:
+                    raise ValueError("more octets than the extents take")
+                offset, room = remaining.pop()
+            size = min(size, room)
+            piece, view = view[:size], view[size:]
+            yield offset, piece
+            offset, room = offset + size, room - size
+    if room or any(extent.size for extent in remaining):
+        raise ValueError("fewer octets than the extents take")
+
+
 def receive(sock: int, size: int, timeout: float | None = None) -> Iterator[Piped]:
     """
     Receive octets into a pipe.
 
     :param sock: The descriptor of a stream socket that isn't encrypted.
     :param size: How many octets to receive.
-    :param timeout: How long to wait for some of them, in seconds (by default what the socket itself has configured).
+    :param timeout: How long to wait for some of them, in seconds (by default as long as it takes).
     :returns: A generator of chunks, each of which has to be consumed before the next one is asked for.
     :raises: :exc:`OSError` when the connection ends early or nothing arrives for too long.
     """
@@ -81,13 +117,27 @@ def receive(sock: int, size: int, timeout: float | None = None) -> Iterator[Pipe
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         while size:
-            if timeout is not None and not poll.poll(timeout * 1000):
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            count = os.splice(sock, sink, min(size, PIPE_SIZE))
-            if not count:
-                raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
-            yield Piped(source, count)
-            size -= count
+            held = _fill(sock, sink, min(size, PIPE_SIZE), poll, timeout)
+            yield Piped(source, held)
+            size -= held
     finally:
         os.close(source)
         os.close(sink)
+
+
+def _fill(sock: int, sink: int, most: int, poll: select.poll, timeout: float | None) -> int:
+    """Fill a pipe until that's enough, or until there's no room (which depends on how the octets were cut)."""
+    held = 0
+    while held < min(most, ENOUGH):
+        if not poll.poll(timeout and timeout * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        try:
+            count = os.splice(sock, sink, most - held, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return held
+        if not count and held:
+            return held
+        if not count:
+            raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
+        held += count
+    return held

@@ -21,13 +21,13 @@ from urllib.parse import quote
 import pytest
 import requests
 
-from pdiffcopy.cli import warn_of_eavesdroppers
 from pdiffcopy.client import Client
 from pdiffcopy.confinement import Root
 from pdiffcopy.exceptions import FileError
 from pdiffcopy.localfile import LocalFile
 from pdiffcopy.locations import Network
 from pdiffcopy.operations import resize_file
+from pdiffcopy.security import warn_of_eavesdroppers
 from pdiffcopy.server import Settings, describe_exposure
 from tests.hostile import BEHAVIOURS, HostileProcess
 from tests.support import children_of, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
@@ -536,7 +536,6 @@ def test_hostile_servers_get_nowhere(tmp_path, behaviour):
     assert os.listdir(tmp_path) == ["local"]
 
 
-@pytest.mark.xfail(reason="http.client skips interim responses without a limit", strict=True)
 def test_interim_responses_come_to_an_end(tmp_path):
     """A server that says 100 Continue for ever is an error."""
     with HostileProcess("all-endless-continue") as server:

@@ -1,4 +1,4 @@
-"""How the body of a request is read: WSGI's way, and from the socket of a real gunicorn."""
+"""How bodies travel: WSGI's way, and through the socket of a real gunicorn."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from gunicorn.config import Config
 from gunicorn.http.parser import RequestParser
 from werkzeug.test import create_environ
 
-from pdiffcopy.body import read_body
-from pdiffcopy.exceptions import RequestError
-from pdiffcopy.localfile import CHUNK_SIZE
+from pdiffcopy.body import read_body, send_extents
+from pdiffcopy.exceptions import FileError, RequestError
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
+from pdiffcopy.protocol import Extent, format_extents
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.splice import Piped
 from tests.support import STALL, make_data, serve_https, write_pattern
@@ -320,3 +321,53 @@ def test_bodies_over_https(launch, authority, path):
             assert connection.receive() == (200, {"verified": True})
     assert_written(path, 2 * data)
     assert "Traceback" not in server.log.read_text()
+
+
+# The way out {{{1
+
+
+def make_read(path, extents: list[Extent]) -> bytes:
+    query = f"filename={quote(str(path))}&extents={quote(format_extents(extents))}"
+    return f"GET /blocks?{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode("ascii")
+
+
+def take(reader, size: int) -> tuple[int, bytes]:
+    """A status, and some of the body."""
+    status = int(reader.readline().split()[1])
+    assert f"content-length: {size}".encode() in [line.strip().lower() for line in iter(reader.readline, b"\r\n")]
+    return status, reader.read(size)
+
+
+@pytest.mark.parametrize("extents", [[(5, 1)], [(0, 700_000)], [(1, 2), (4, 1), (300_000, 400_000)]], ids=str)
+def test_extents_are_sent(server, tmp_path, extents):
+    """All of them, one after the other, and the connection is good for the next request."""
+    data = make_data(700_000)
+    extents = [Extent(*extent) for extent in extents]
+    (tmp_path / "file").write_bytes(data)
+    expected = b"".join(data[offset : offset + size] for offset, size in extents)
+    with talk(server) as connection:
+        for _ in range(2):
+            connection.sock.sendall(make_read(tmp_path / "file", extents))
+            assert take(connection.reader, len(expected)) == (200, expected)
+
+
+def test_extents_are_sent_without_gunicorn(tmp_path):
+    """Any WSGI server will do: it gets octets."""
+    data = make_data(700_000)
+    (tmp_path / "file").write_bytes(data)
+    with LocalFile(str(tmp_path / "file")) as file:
+        chunks = list(send_extents({}, file, [Extent(7, 600_000), Extent(1, 1)]))
+    assert b"".join(chunks) == data[7:600_007] + data[1:2]
+    assert max(map(len, chunks)) <= CHUNK_SIZE
+
+
+def test_file_that_ends_early_is_noticed(tmp_path):
+    """The rest isn't made up: an error makes gunicorn close the connection."""
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    near, far = socket.socketpair()
+    with near, far, LocalFile(str(tmp_path / "file")) as file:
+        with pytest.raises(FileError, match="shorter"):
+            list(send_extents({"gunicorn.socket": near}, file, [Extent(10, 10), Extent(99_990, 20)]))
+        near.close()
+        with far.makefile("rb") as reader:
+            assert reader.read() == bytes(20)

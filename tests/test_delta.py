@@ -285,7 +285,7 @@ def test_batches_are_made_on_the_way(changed):
 
 
 def test_first_batches_come_early(monkeypatch):
-    """The first batch waits for a small part of the file only, each further one for twice as much, up to a limit."""
-    monkeypatch.setattr(delta, "FIRST_WINDOW", 2 * BLOCK)
-    batches = make_batches(make_blocks([False] * 38))
-    assert [batch.blocks_compared for batch in batches] == [2, 4, 8, 12, 12]
+    """The first batch waits for a small part of the file only, each further one for a quarter more, up to a limit."""
+    monkeypatch.setattr(delta, "FIRST_WINDOW", 8 * BLOCK)
+    batches = make_batches(make_blocks([False] * 52))
+    assert [batch.blocks_compared for batch in batches] == [8, 10, 12, 12, 10]

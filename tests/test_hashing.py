@@ -162,7 +162,19 @@ def test_reader_who_waits_stops_the_threads(tmp_path, monkeypatch):
         stripes = hash_stripes(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", executor, 2)
         for number, _ in enumerate(stripes, 1):
             assert len(submitted) <= number + 4
-    assert len(submitted) == number == 100
+    assert len(submitted) == number
+
+
+@pytest.mark.usefixtures("small_stripes")
+def test_stripes_grow(tmp_path):
+    """Somebody waits for the first ones, which are small; later ones cost less, up to a limit."""
+    write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
+    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(2) as executor:
+        lengths = [len(stripe) for stripe in hash_stripes(file, 0, 100 * SMALL_STRIPE, 64, "sha1", executor, 2)]
+    most = SMALL_STRIPE // 64
+    assert lengths[0] == most // 16
+    assert lengths[:-1] == sorted(lengths[:-1])
+    assert lengths.count(most) > 90
 
 
 @pytest.mark.usefixtures("small_stripes")

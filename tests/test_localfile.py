@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from pdiffcopy import localfile
 from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, TakenOverError
-from pdiffcopy.localfile import CHUNK_SIZE, RUN_ATTRIBUTE, LocalFile, spread
+from pdiffcopy.localfile import CHUNK_SIZE, RUN_ATTRIBUTE, LocalFile
 from pdiffcopy.protocol import Extent
-from pdiffcopy.splice import Piped
+from pdiffcopy.splice import Piped, spread
 from tests.support import make_data, snapshot, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")

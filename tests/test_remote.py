@@ -86,7 +86,7 @@ def canned(*answers: bytes | None, **network):
         finally:
             done.set()
             thread.join()
-            replica._session.close()
+            replica.session.close()
 
 
 def read_request(connection: socket.socket) -> bytes:

@@ -1,0 +1,78 @@
+"""
+How are connections to a server opened, kept and used again?
+
+By requests, of which two habits are taken away: it looks for proxies and credentials in the environment, and
+http.client below it skips interim responses (RFC 9110, section 15.2) for as long as a server sends them.
+"""
+
+from __future__ import annotations
+
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+from requests import Session
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from pdiffcopy import __version__
+from pdiffcopy.security import check_authority
+
+_MAX_HEADS = 8
+"""How many heads, interim ones included, may make up one response."""
+
+
+def open_session(token: str = "", ca_file: str = "") -> Session:
+    """
+    Make a session, which keeps its connections alive and belongs to one process.
+
+    :param token: The shared secret that the server asks for (empty for none).
+    :param ca_file: The certificate authority to trust for https (empty for those that requests trusts).
+    :raises: :exc:`.FileError` when `ca_file` can't be used.
+    """
+    session = Session()
+    session.trust_env = False
+    session.headers.update({"Accept-Encoding": "identity", "User-Agent": f"pdiffcopy/{__version__}"})
+    if token:
+        session.headers["Authorization"] = f"Bearer {token}"
+    if ca_file:
+        check_authority(ca_file)
+        session.verify = ca_file
+    for scheme in _POOLS:
+        session.mount(f"{scheme}://", _Adapter())
+    return session
+
+
+class _Response(HTTPResponse):
+    heads = 0
+
+    def _read_status(self) -> Any:
+        self.heads += 1
+        if self.heads > _MAX_HEADS:
+            raise HTTPException("the server sends interim responses without end")
+        return super()._read_status()  # type: ignore[misc]
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _Response
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+_POOLS = {"http": _Pool, "https": _SecurePool}
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
