@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,10 @@ BLOCK_SIZE = 1024 * 1024
 CORES = len(os.sched_getaffinity(0))
 SCATTERED, PREFIX, MISSING = "scattered", "prefix", "missing"
 _JUNK_SIZE = 16 * BLOCK_SIZE
+
+
+REPORTING_DELAY = 2.5
+"""How long to wait until what was freed before has been reported, in seconds."""
 
 
 class Pair:
@@ -73,7 +78,23 @@ class Pair:
                         file.write(bytes(length) if layout == PREFIX else self._get_junk(position, length))
             _sync(self.target)
         self.warm()
+        if layout == MISSING:
+            self._use_memory()
         return sum(size for _, size in extents)
+
+    def _use_memory(self) -> None:
+        """
+        Use the memory that a new file is going to take, and free it.
+
+        What has been free for two seconds goes back to the hypervisor of a virtual machine (Linux calls that free page
+        reporting). To use it again takes up to seven times as long, which would hit one contender and spare the next.
+        """
+        scratch = self.target.with_suffix(".scratch")
+        with scratch.open("wb", buffering=0) as file:
+            for _ in range(0, self.size, BLOCK_SIZE):
+                file.write(bytes(BLOCK_SIZE))
+        time.sleep(REPORTING_DELAY)
+        scratch.unlink()
 
     def warm(self) -> None:
         """Read both files, so that they're in the page cache."""

@@ -223,6 +223,8 @@ def main() -> NoReturn:
     coloredlogs.install()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_escape)
+    # It prints tracebacks of what ends up as one line in our own words.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _run(sys.argv[1:])

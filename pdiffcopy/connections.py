@@ -1,14 +1,15 @@
 """
 How are connections to a server opened, kept and used again?
 
-By requests, of which two habits are taken away: it looks for proxies and credentials in the environment, and
-http.client below it skips interim responses (RFC 9110, section 15.2) for as long as a server sends them.
+By requests, of which some habits are taken away. It looks for proxies and credentials in the environment; and
+http.client below it skips interim responses (RFC 9110, section 15.2) for as long as a server sends them, and takes the
+end of a connection for the end of a head.
 """
 
 from __future__ import annotations
 
 from http.client import HTTPException, HTTPResponse
-from typing import Any
+from typing import Any, BinaryIO
 
 from requests import Session
 from requests.adapters import HTTPAdapter
@@ -18,8 +19,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from pdiffcopy import __version__
 from pdiffcopy.security import check_authority
 
-_MAX_HEADS = 8
-"""How many heads, interim ones included, may make up one response."""
+_MAX_LINES = 256
+"""How many lines the head of a response may have, interim responses included."""
 
 
 def open_session(token: str = "", ca_file: str = "") -> Session:
@@ -43,14 +44,34 @@ def open_session(token: str = "", ca_file: str = "") -> Session:
     return session
 
 
-class _Response(HTTPResponse):
-    heads = 0
+class _Head:
+    """The head of a response, or several of them: there may be interim ones."""
 
-    def _read_status(self) -> Any:
-        self.heads += 1
-        if self.heads > _MAX_HEADS:
-            raise HTTPException("the server sends interim responses without end")
-        return super()._read_status()  # type: ignore[misc]
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.close = file.close
+        self.lines = 0
+
+    def readline(self, limit: int) -> bytes:
+        line = self.file.readline(limit)
+        if self.lines and not line.endswith(b"\n") and len(line) < limit:
+            raise HTTPException("the server's answer broke off")
+        self.lines += 1
+        if self.lines > _MAX_LINES:
+            raise HTTPException("the head of the server's answer doesn't end")
+        return line
+
+
+class _Response(HTTPResponse):
+    fp: Any
+
+    def begin(self) -> None:
+        self.fp = head = _Head(self.fp)
+        try:
+            super().begin()
+        finally:
+            if self.fp is head:  # it's None when the connection was closed
+                self.fp = head.file
 
 
 class _Connection(HTTPConnection):

@@ -26,7 +26,7 @@ BATCH_SIZE = 16 * 1024 * 1024
 
 COMPARE_WINDOW = 128 * 1024 * 1024
 """After how many compared bytes a batch is closed, even when it isn't full (or empty, to report progress)..."""
-FIRST_WINDOW = 8 * 1024 * 1024
+FIRST_WINDOW = 16 * 1024 * 1024
 """... and that of the first batch. Each one waits for a quarter more than the one before, so that it's found about when
 that one has been moved, if a slow wire and a slow hash method take equally long."""
 

@@ -155,6 +155,21 @@ def test_broken_connections_are_survived(server, tmp_path, direction, side, plac
     assert result.stderr.count("trying again") >= len(endpoints)
 
 
+@pytest.mark.parametrize("place", [20, 60, 100, 140, 180])
+def test_broken_heads_are_survived(server, tmp_path, place):
+    """An answer that ends in the middle of its headers costs a retry, and is told in one line."""
+    pair = Pair(tmp_path, "download", server.port)
+    with RelayProcess(
+        server.port, *(f"response {name} {place} close" for name in ("GET+/info", "GET+/blocks"))
+    ) as relay:
+        result = pair.via(relay.port).run()
+        assert len(relay.stop()) == 2
+    assert result.returncode == 0, result.stderr
+    assert pair.is_equal()
+    assert result.stderr.count("trying again") >= 2
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("action", ["reset", "close", "stall", "corrupt"])
 @pytest.mark.parametrize("place", BODY_PLACES)
 def test_broken_uploads_are_repeated(server, tmp_path, place, action):
