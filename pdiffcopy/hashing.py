@@ -92,9 +92,8 @@ def hash_stripes(
             yield pending.popleft().result()
     finally:
         # Nobody may close the file under the hands of a thread.
-        for future in pending:
-            if not future.cancel():
-                future.exception()
+        for future in [future for future in pending if not future.cancel()]:
+            future.exception()
 
 
 def _hash_stripe(

@@ -33,7 +33,6 @@ from pdiffcopy.exceptions import (
     ProgramError,
     RangeError,
     RequestError,
-    TooLargeError,
 )
 from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
 from pdiffcopy.localfile import MACHINE, LocalFile
@@ -145,8 +144,6 @@ class _Views:
         length = request.content_length
         if length is None:
             raise LengthRequiredError("The body needs a Content-Length")
-        if length > wire.MAX_BLOCK_SIZE:
-            raise TooLargeError("The body may have {limit} bytes at most", limit=wire.MAX_BLOCK_SIZE)
         extents = parameters.extents() or [Extent(parameters.integer("offset"), length)]
         wire.check_extents(extents)
         if length != sum(extent.size for extent in extents):

@@ -361,6 +361,12 @@ def all_endless_headers(handler: Handler) -> None:
 
 
 @behaviour
+def all_header_without_colon(handler: Handler) -> None:
+    """A line that is no header, in front of an error."""
+    handler.start("Content-Length: 0", "X-Secret\x1b[2J", status="500 Internal Server Error")
+
+
+@behaviour
 def all_endless_status(handler: Handler) -> None:
     """A status line without end."""
     handler.send_for_ever(KILOBYTE)

@@ -166,6 +166,30 @@ def test_reader_who_waits_stops_the_threads(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_stripes")
+def test_what_nobody_will_read_is_not_begun(tmp_path, monkeypatch):
+    """When the reader leaves, what runs comes to its end (it uses the file), and what waits for a thread is dropped."""
+    write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
+    begun, is_busy, may_end = [], threading.Event(), threading.Event()
+
+    def hash_stripe(*args):
+        begun.append(args)
+        if len(begun) > 1:
+            is_busy.set()
+            assert may_end.wait(20)
+
+    monkeypatch.setattr(hashing, "_hash_stripe", hash_stripe)
+    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(1) as executor:
+        stripes = hash_stripes(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", executor, 1)
+        next(stripes)
+        assert is_busy.wait(20)
+        timer = threading.Timer(0.2, may_end.set)
+        timer.start()
+        stripes.close()
+        timer.join()
+    assert len(begun) == 2
+
+
+@pytest.mark.usefixtures("small_stripes")
 def test_stripes_grow(tmp_path):
     """Somebody waits for the first ones, which are small; later ones cost less, up to a limit."""
     write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from pdiffcopy import remote
 from pdiffcopy.address import Address
 from pdiffcopy.exceptions import (
     AuthenticationError,
@@ -336,3 +337,12 @@ def test_flush_that_is_not_done_is_an_error(body, reason):
     """The status had been sent before it was known: it's the last line that counts."""
     with canned(answer(body=body)) as (replica, _), pytest.raises(DiskFullError, match=reason):
         replica.sync()
+
+
+def test_connections_belong_to_a_process(monkeypatch):
+    """A process that is forked opens its own: two that read from one socket would take the answers from each other."""
+    replica = RemoteReplica(Address(FILE, "127.0.0.1", 1), Network())
+    ours = replica.session
+    assert replica.session is ours
+    monkeypatch.setattr(remote.os, "getpid", lambda: 0)
+    assert replica.session is not ours
