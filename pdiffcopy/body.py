@@ -9,11 +9,12 @@ gunicorn, and its objects look as expected, the octets are spliced from the sock
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 from pdiffcopy.exceptions import RequestError
 from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
@@ -45,17 +46,22 @@ def send_extents(environ: dict[str, Any], file: LocalFile, extents: Iterable[Ext
     :raises: :exc:`.FileError` when the file ends before an extent does. The client learns of that when gunicorn closes
              the connection.
     """
-    sock = environ.get("gunicorn.socket")
-    if not _is_plain(sock):
+    sock = _get_socket(environ)
+    if not sock:
         yield from map(bytes, file.chunks(extents))
         return
     yield b""  # makes gunicorn send the head
-    for offset, size in extents:
-        file.send(sock.fileno(), offset, size)
+    for extent in extents:
+        file.send(sock, extent)
 
 
-def _is_plain(sock: Any) -> TypeGuard[socket.socket]:
-    return isinstance(sock, socket.socket) and not isinstance(sock, ssl.SSLSocket)
+def _get_socket(environ: dict[str, Any]) -> socket.socket | None:
+    """The socket of a client, if octets can go through it as they are: not with TLS, HTTP/2 or cooperative threads."""
+    sock = environ.get("gunicorn.socket")
+    if not isinstance(sock, socket.socket) or isinstance(sock, ssl.SSLSocket):
+        return None
+    is_known = environ.get("SERVER_PROTOCOL") in ("HTTP/1.0", "HTTP/1.1")
+    return sock if is_known and os.get_blocking(sock.fileno()) else None
 
 
 def _read(environ: dict[str, Any], length: int) -> Iterator[bytes]:
@@ -71,7 +77,7 @@ def _is_direct(environ: dict[str, Any], length: int) -> bool:
     reader = getattr(environ["wsgi.input"], "reader", None)
     unreader = getattr(reader, "unreader", None)
     return (
-        _is_plain(environ.get("gunicorn.socket"))
+        _get_socket(environ) is not None
         and getattr(unreader, "sock", None) is environ["gunicorn.socket"]
         and getattr(reader, "length", None) == length
         and hasattr(unreader, "buf")

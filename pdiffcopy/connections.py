@@ -2,7 +2,7 @@
 How are connections to a server opened, kept and used again?
 
 By requests, of which some habits are taken away. It looks for proxies and credentials in the environment; and
-http.client below it skips interim responses (RFC 9110, section 15.2) for as long as a server sends them, and takes the
+http.client below it skips ``100 Continue`` (RFC 9110, section 15.2.1) for as long as a server sends it, and takes the
 end of a connection for the end of a head.
 """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -131,7 +132,8 @@ class LocalFile:
             status = os.fstat(self.fd)
         # The contents of a device change without a trace in its node: there is no time to compare.
         mtime_ns = 0 if self.is_device else status.st_mtime_ns
-        return FileInfo(True, self.size(), mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
+        size = self.size() if self.is_device else status.st_size
+        return FileInfo(True, size, mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
 
     def size(self) -> int:
         """The size of the file in bytes."""
@@ -168,18 +170,25 @@ class LocalFile:
                         raise self._too_short(position + len(view))
                     yield view
 
-    def send(self, sock: int, offset: int, size: int) -> None:
+    def send(self, sock: socket.socket, extent: Extent) -> None:
         """
-        Send octets to a socket, without a detour through this program.
+        Send an extent, without a detour through this program where the file system can do that.
 
         :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does.
         """
-        end = offset + size
-        while offset < end:
-            count = os.sendfile(sock, self.fd, offset, end - offset)
+        offset, size = extent
+        while size:
+            try:
+                count = os.sendfile(sock.fileno(), self.fd, offset, size)
+            except (ConnectionError, BlockingIOError, TimeoutError):
+                raise
+            except OSError:  # if that's the fault of the file, this tells more
+                for chunk in self.chunks([Extent(offset, size)]):
+                    sock.sendall(chunk)
+                return
             if not count:
-                raise self._too_short(end)
-            offset += count
+                raise self._too_short(offset + size)
+            offset, size = offset + count, size - count
 
     def _too_short(self, size: int) -> FileError:
         text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"

@@ -236,6 +236,7 @@ class RemoteReplica(Replica):
                 verb, url, data=body, headers=headers, stream=True, allow_redirects=False,
                 timeout=self.network.timeout,
             ) as response:  # fmt: skip
+                _check_head(response)
                 if response.status_code not in expect:
                     self._fail(f"{verb} {endpoint}", response.status_code, decode_problem(_read_document(response)))
                 yield response
@@ -319,6 +320,13 @@ def _place(extents: Sequence[Extent]) -> dict[str, Any]:
 
 def _name(run: str) -> dict[str, Any]:
     return {"run": run} if run else {}
+
+
+def _check_head(response: requests.Response) -> None:
+    """A damaged head may not tell any more where the body ends."""
+    ends = {"content-length", "transfer-encoding"} & {name.lower() for name in response.headers}
+    if not ends and response.raw.version == 11 and response.headers.get("Connection", "").lower() != "close":
+        raise TransientError("{url}: the server's answer is damaged", url=response.url.partition("?")[0], status=0)
 
 
 def _read_document(response: requests.Response) -> bytes:

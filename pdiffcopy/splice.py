@@ -129,15 +129,16 @@ def _fill(sock: int, sink: int, most: int, poll: select.poll, timeout: float | N
     """Fill a pipe until that's enough, or until there's no room (which depends on how the octets were cut)."""
     held = 0
     while held < min(most, ENOUGH):
-        if not poll.poll(timeout and timeout * 1000):
-            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         try:
+            if not poll.poll(timeout and timeout * 1000):
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             count = os.splice(sock, sink, most - held, flags=os.SPLICE_F_NONBLOCK)
-        except BlockingIOError:
-            return held
-        if not count and held:
-            return held
-        if not count:
-            raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
+            if not count:
+                raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
+        except OSError:
+            # What has left the socket has to be handed over. Then there's room again, or the error comes again.
+            if held:
+                return held
+            raise
         held += count
     return held

@@ -265,6 +265,19 @@ def test_silence_is_an_error(connection):
         list(receive(near.fileno(), 5, timeout=0.05))
 
 
+def test_urgent_octets_are_an_error(connection):
+    """They are readable, but can't be spliced: that's neither waited for nor tried for ever."""
+    near, far = connection
+    near.settimeout(20)
+    far.sendall(b"some")
+    far.send(b"!", socket.MSG_OOB)
+    far.sendall(b"more")
+    chunks = receive(near.fileno(), 100, timeout=0.5)
+    with pytest.raises(OSError):
+        for _ in range(10):
+            bytes(next(chunks))
+
+
 def test_a_reader_that_leaves_leaves_no_pipe(connection):
     """The pipe, with whatever is still in it, goes with the generator."""
     near, far = connection
