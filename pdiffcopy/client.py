@@ -261,9 +261,7 @@ class Client(PropertyManager):
         with make_reporter(plan.size, plan.activity) as reporter:
             return _collect(map(Result.of_comparison, generate_batches(plan)), reporter)
 
-    def _update(
-        self, source: FileInfo, target: FileInfo, plan: Plan, generate: Callable[[], Iterable[Batch]]
-    ) -> Result:
+    def _update(self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[[], Iterable[Batch]]) -> Result:
         """Bring the target into line: grow it, change it, cut it, and look whether all is as it should be."""
         replica = open_replica(plan.target, self.network)
         with self._watching_source(source, plan):
@@ -275,9 +273,8 @@ class Client(PropertyManager):
             target = replica.info()[0]
             if target.size < source.size:
                 replica.resize(source.size, plan.run)
-            pool = WorkerPool(
-                concurrency=self.concurrency, generator_fn=generate, worker_fn=partial(transfer_batch, plan)
-            )
+            work = partial(transfer_batch, plan)
+            pool = WorkerPool(concurrency=self.concurrency, generator_fn=find, worker_fn=work)
             with pool, make_reporter(plan.size, plan.activity) as reporter:
                 result = _collect(pool, reporter)
             if target.size > source.size and target.resizable:

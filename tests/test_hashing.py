@@ -17,7 +17,7 @@ from pdiffcopy import hashing
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
 from pdiffcopy.hashing import compute_hashes, get_hasher, get_methods, hash_stripes, hash_worker
 from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
-from tests.support import write_pattern
+from tests.support import wait_for, write_pattern
 
 SMALL_STRIPE = 4096
 
@@ -169,7 +169,7 @@ def test_reader_who_waits_stops_the_threads(tmp_path, monkeypatch):
 def test_what_nobody_will_read_is_not_begun(tmp_path, monkeypatch):
     """When the reader leaves, what runs comes to its end (it uses the file), and what waits for a thread is dropped."""
     write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
-    begun, is_busy, may_end = [], threading.Event(), threading.Event()
+    begun, futures, is_busy, may_end = [], [], threading.Event(), threading.Event()
 
     def hash_stripe(*args):
         begun.append(args)
@@ -177,15 +177,24 @@ def test_what_nobody_will_read_is_not_begun(tmp_path, monkeypatch):
             is_busy.set()
             assert may_end.wait(20)
 
+    class Recorder(ThreadPoolExecutor):
+        def submit(self, *args):
+            futures.append(super().submit(*args))
+            return futures[-1]
+
+    def end() -> None:
+        wait_for(futures[2].cancelled, what="the stripe that waits to be dropped")
+        may_end.set()
+
     monkeypatch.setattr(hashing, "_hash_stripe", hash_stripe)
-    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(1) as executor:
+    with LocalFile(str(tmp_path / "file")) as file, Recorder(1) as executor:
         stripes = hash_stripes(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", executor, 1)
         next(stripes)
         assert is_busy.wait(20)
-        timer = threading.Timer(0.2, may_end.set)
-        timer.start()
+        thread = threading.Thread(target=end)
+        thread.start()
         stripes.close()
-        timer.join()
+        thread.join()
     assert len(begun) == 2
 
 
