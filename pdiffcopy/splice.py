@@ -19,7 +19,6 @@ from pdiffcopy.protocol import Extent
 PIPE_SIZE = 1024 * 1024
 """How much a pipe holds if the system allows it (pipe(7): that's what a process may ask for by default)."""
 
-
 ENOUGH = 256 * 1024
 """How many octets are worth being handled: a slow wire brings a few at a time, and each chunk takes system calls."""
 
