@@ -31,6 +31,7 @@ from pdiffcopy.mp import WorkerPool
 from pdiffcopy.pipeline import Plan, Result, find_blocks, generate_batches, transfer_batch
 from pdiffcopy.progress import Reporter, make_reporter
 from pdiffcopy.protocol import (
+    FEATURE_BLOCKWISE,
     FEATURE_DIGEST,
     FEATURE_EXTENTS,
     FEATURE_SYNC,
@@ -176,7 +177,7 @@ class Client(PropertyManager):
         """
         source, target, plan = self._prepare()
         # There are no block hashes here that could stand in for the digests which an old server doesn't state.
-        plan = replace(plan, verify=plan.verify and not plan.by_hashes, by_hashes=False)
+        plan = replace(plan, verify=plan.verify and not plan.by_hashes, by_hashes=False, blockwise=False)
         self._update(source, target, plan, partial(_batches_of, plan, sorted(set(offsets))))
 
     def mutate_target(self, percentage: float) -> None:
@@ -238,6 +239,10 @@ class Client(PropertyManager):
 
     def _make_plan(self, source: FileInfo, target: FileInfo, source_peer: PeerInfo, target_peer: PeerInfo) -> Plan:
         verify = self.verify and FEATURE_DIGEST in target_peer.features
+        by_hashes = verify and FEATURE_DIGEST not in source_peer.features
+        delta = self.delta_transfer and target.size > 0
+        # Who compares by XXH128 has all that it takes. Other methods cost more than to read the changes once more.
+        free = delta and self.hash_method == "xxh128" and FEATURE_BLOCKWISE in target_peer.features
         many_extents = FEATURE_EXTENTS in source_peer.features & target_peer.features
         return Plan(
             source=self.source.address,
@@ -249,9 +254,10 @@ class Client(PropertyManager):
             block_size=self.block_size,
             method=self.hash_method,
             concurrency=self.concurrency,
-            delta=self.delta_transfer and target.size > 0,
+            delta=delta,
             verify=verify,
-            by_hashes=verify and FEATURE_DIGEST not in source_peer.features,
+            by_hashes=by_hashes,
+            blockwise=verify and free and not by_hashes,
             max_extents=MAX_EXTENTS if many_extents else 1,
             run=os.urandom(8).hex(),
         )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import NamedTuple
 
+from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.protocol import MAX_EXTENTS, BlockDigest, Extent
 
@@ -57,6 +58,8 @@ class Batch:
     blocks_compared: int = 0
     blocks_changed: int = 0
     bytes_compared: int = 0
+    digest: str = ""
+    """The digest of the digests of the changed blocks (see :func:`.digest_blockwise`)."""
 
     @property
     def size(self) -> int:
@@ -152,11 +155,17 @@ class _Accumulator:
     def clear(self) -> None:
         self.extents: list[Extent] = []
         self.digests: list[BlockDigest] = []
-        self.size = self.blocks_compared = self.blocks_changed = self.bytes_compared = 0
+        self.changed: list[str] = []
+        self.size = self.blocks_compared = self.bytes_compared = 0
 
     def close(self) -> Batch:
         batch = Batch(
-            tuple(self.extents), tuple(self.digests), self.blocks_compared, self.blocks_changed, self.bytes_compared
+            tuple(self.extents),
+            tuple(self.digests),
+            self.blocks_compared,
+            len(self.changed),
+            self.bytes_compared,
+            digest_blockwise(self.changed),
         )
         self.clear()
         self.window = min(self.window + self.window // 4, COMPARE_WINDOW)
@@ -168,7 +177,7 @@ class _Accumulator:
     def has_room(self, block: Block) -> bool:
         if not self.extents:
             return True
-        if self.size + block.size > BATCH_SIZE or self.blocks_changed == BATCH_BLOCKS:
+        if self.size + block.size > BATCH_SIZE or len(self.changed) == BATCH_BLOCKS:
             return False
         return len(self.extents) < self.max_extents or self.continues(block)
 
@@ -177,7 +186,7 @@ class _Accumulator:
         self.bytes_compared += block.size
         if not block.changed:
             return
-        self.blocks_changed += 1
+        self.changed.append(block.digest)
         self.size += block.size
         if self.continues(block):
             self.extents[-1] = Extent(self.extents[-1].offset, self.extents[-1].size + block.size)

@@ -20,6 +20,7 @@ from typing import Any
 
 import xxhash
 
+from pdiffcopy.digests import get_verifier
 from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, RangeError, TakenOverError
 from pdiffcopy.protocol import Extent, FileInfo
 from pdiffcopy.splice import Chunk, Piped, spread
@@ -201,7 +202,9 @@ class LocalFile:
             hasher.update(chunk)
         return hasher.hexdigest()
 
-    def write(self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "", run: str = "") -> None:
+    def write(
+        self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "", run: str = "", block_size: int = 0
+    ) -> None:
         """
         Write octets into extents, and check what lies there afterwards.
 
@@ -209,11 +212,12 @@ class LocalFile:
         :param chunks: The octets, cut anywhere, exactly as many as the extents take.
         :param digest: The XXH128 digest that the sender states (an empty string: there's nothing to check against).
         :param run: The run that has claimed the file (an empty string: none has).
+        :param block_size: The size of the blocks if that's a blockwise digest (see :mod:`.digests`), otherwise 0.
         :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs,
                  :exc:`.TakenOverError` when another run has claimed the file,
                  :exc:`.RangeError` when it has become too short for the run.
         """
-        hasher = xxhash.xxh3_128() if digest else None
+        hasher = get_verifier(block_size) if digest else None
         for offset, piece in spread(extents, chunks):
             size = len(piece)
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.

@@ -51,6 +51,8 @@ class Reading:
     """The octets, each chunk valid until the next one is asked for."""
     digest: str = ""
     """The XXH128 digest that the sender states (empty when it states none)."""
+    block_size: int = 0
+    """The size of the blocks in bytes if that's a blockwise digest (see :mod:`.digests`), otherwise 0."""
 
 
 class Replica(ABC):
@@ -121,7 +123,7 @@ class LocalReplica(Replica):
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`Replica.write`."""
         with LocalFile(self.filename, write=True) as file:
-            file.write(extents, reading.chunks, reading.digest, run)
+            file.write(extents, reading.chunks, reading.digest, run, reading.block_size)
 
     def resize(self, size: int, run: str = "") -> None:
         """See :meth:`Replica.resize`."""

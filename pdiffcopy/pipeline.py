@@ -63,6 +63,8 @@ class Plan:
     verify: bool
     by_hashes: bool
     """Whether to verify by the block hashes of the source, because it can't state digests."""
+    blockwise: bool = False
+    """Whether to verify by the digests that were compared, since they are what the source would state."""
     max_extents: int = MAX_EXTENTS
     run: str = ""
     """The name under which the target is claimed (empty when it can't be)."""
@@ -140,6 +142,8 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
             return mismatches
         except DigestMismatchError as e:
             logger.warning("%s (attempt %i of %i)", e, mismatches + 1, VERIFY_ATTEMPTS)
+            # The digests that were compared may be to blame: now the source reads again what it sends.
+            plan = replace(plan, blockwise=False)
     text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
     raise VerificationError(
         text, target=str(plan.target), offset=batch.extents[0].offset, attempts=VERIFY_ATTEMPTS
@@ -149,8 +153,13 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
 def _transfer(plan: Plan, batch: Batch) -> None:
     source, target = open_replica(plan.source, plan.network), open_replica(plan.target, plan.network)
     logger.debug("Transferring %i bytes in %i extents ..", batch.size, len(batch.extents))
-    with source.read(batch.extents, state_digest=plan.verify and not plan.by_hashes) as reading:
-        target.write(batch.extents, _check_hashes(plan, batch, reading) if plan.by_hashes else reading, plan.run)
+    state_digest = plan.verify and not (plan.by_hashes or plan.blockwise)
+    with source.read(batch.extents, state_digest) as reading:
+        if plan.by_hashes:
+            reading = _check_hashes(plan, batch, reading)
+        elif plan.blockwise:
+            reading = replace(reading, digest=batch.digest, block_size=plan.block_size)
+        target.write(batch.extents, reading, plan.run)
 
 
 def _check_hashes(plan: Plan, batch: Batch, reading: Reading) -> Reading:

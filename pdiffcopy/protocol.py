@@ -8,6 +8,8 @@ on ranges and types.
 The requests that version 1.0.1 knows are frozen (see docs/design.rst). What was added since is optional, and a client
 uses an addition only when the server lists it as a *feature* in its answer to ``/info``:
 
+:data:`FEATURE_BLOCKWISE`
+    ``POST /blocks`` with ``block_size=`` states a blockwise digest: that of its blocks' digests (:mod:`.digests`).
 :data:`FEATURE_CLAIM`
     ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
     the next claim or ``POST /release?filename=&run=``. ``POST /blocks`` and ``POST /resize`` with a ``run=`` that has
@@ -54,9 +56,9 @@ VERIFIED = "verified"
 CLAIMED = "claimed"
 """The member of the answer to ``POST /claim`` that is false when the file system can't hold a claim."""
 
-FEATURE_CLAIM, FEATURE_DIGEST, FEATURE_EXTENTS = "claim", "digest", "extents"
-FEATURE_RESUME, FEATURE_SYNC = "resume", "sync"
-FEATURES = frozenset([FEATURE_CLAIM, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC])
+FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "blockwise", "claim", "digest"
+FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC = "extents", "resume", "sync"
+FEATURES = frozenset([FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC])
 
 MAX_OFFSET = 2**63 - 1
 """The largest offset that Linux knows (``off_t``)."""

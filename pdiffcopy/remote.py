@@ -176,6 +176,8 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.write`."""
         params = _place(extents) | _name(run)
         params.pop("size", None)
+        if reading.block_size:
+            params["block_size"] = reading.block_size
         body = _Body(sum(extent.size for extent in extents), reading.chunks)
         headers = {DIGEST_HEADER: reading.digest} if reading.digest else {}
         with self._request("POST", BLOCKS, params, body, headers) as response:

@@ -146,13 +146,13 @@ class _Views:
             raise LengthRequiredError("The body needs a Content-Length")
         extents = parameters.extents() or [Extent(parameters.integer("offset"), length)]
         wire.check_extents(extents)
+        block_size = parameters.integer("block_size", 1, wire.MAX_BLOCK_SIZE, default=0)
         if length != sum(extent.size for extent in extents):
             raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
         digest = request.headers.get(wire.DIGEST_HEADER, "")
         with self.open(parameters.filename, write=True) as file:
-            file.write(
-                extents, read_body(request.environ, length), digest and wire.check_digest(digest), parameters.run
-            )
+            body = read_body(request.environ, length)
+            file.write(extents, body, digest and wire.check_digest(digest), parameters.run, block_size)
         return {wire.VERIFIED: bool(digest)}
 
     def resize(self) -> Any:

@@ -11,8 +11,9 @@ import errno
 import fcntl
 import os
 import select
+import socket
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from pdiffcopy.protocol import Extent
 
@@ -20,7 +21,7 @@ PIPE_SIZE = 1024 * 1024
 """How much a pipe holds if the system allows it (pipe(7): that's what a process may ask for by default)."""
 
 ENOUGH = 256 * 1024
-"""How many octets are worth being handled: a slow wire brings a few at a time, and each chunk takes system calls."""
+"""How many octets are worth waking up for: a wire brings a few at a time, and each chunk takes system calls."""
 
 
 class Piped:
@@ -113,25 +114,37 @@ def receive(sock: int, size: int, timeout: float | None = None) -> Iterator[Pipe
     try:
         with suppress(OSError):  # more than the system allows: the default size will do
             fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        while size:
-            held = _fill(sock, sink, min(size, PIPE_SIZE), poll, timeout)
-            yield Piped(source, held)
-            size -= held
+        with _watching(sock) as connection:
+            while size:
+                held = _fill(connection, sink, min(size, PIPE_SIZE), timeout)
+                yield Piped(source, held)
+                size -= held
     finally:
         os.close(source)
         os.close(sink)
 
 
-def _fill(sock: int, sink: int, most: int, poll: select.poll, timeout: float | None) -> int:
+@contextmanager
+def _watching(sock: int) -> Iterator[socket.socket]:
+    """Lend a socket that :func:`_wait_for` can be called with, and leave it open and as it was."""
+    connection = socket.socket(fileno=sock)
+    try:
+        yield connection
+    finally:
+        with suppress(OSError):  # it may have been closed meanwhile
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        connection.detach()
+
+
+def _fill(connection: socket.socket, sink: int, most: int, timeout: float | None) -> int:
     """Fill a pipe until that's enough, or until there's no room (which depends on how the octets were cut)."""
-    held = 0
-    while held < min(most, ENOUGH):
+    held, enough = 0, min(most, ENOUGH)
+    while held < enough:
         try:
-            if not poll.poll(timeout and timeout * 1000):
+            # What came until the time is over is a sign of life, however little it is.
+            if not (_wait_for(connection, enough - held, timeout) or _wait_for(connection, 1, 0)):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            count = os.splice(sock, sink, most - held, flags=os.SPLICE_F_NONBLOCK)
+            count = os.splice(connection.fileno(), sink, most - held, flags=os.SPLICE_F_NONBLOCK)
             if not count:
                 raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
         except OSError:
@@ -141,3 +154,11 @@ def _fill(sock: int, sink: int, most: int, poll: select.poll, timeout: float | N
             raise
         held += count
     return held
+
+
+def _wait_for(connection: socket.socket, size: int, timeout: float | None) -> bool:
+    """Sleep until so many octets have arrived, or no more will: the kernel counts (socket(7), SO_RCVLOWAT)."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(timeout and timeout * 1000))
