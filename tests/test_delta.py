@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pdiffcopy import delta
 from pdiffcopy.delta import Block, block_length, compare, count_blocks, in_order, make_batches
+from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.protocol import BlockDigest, Extent
 
@@ -259,6 +260,7 @@ def test_batches_carry_exactly_what_changed(changes, block_size, short, max_exte
         assert all(sum(left) < right.offset for left, right in pairwise(batch.extents))
         own = [b for b in changed if any(e.offset <= b.offset < e.offset + e.size for e in batch.extents)]
         assert batch.blocks_changed == len(own)
+        assert batch.digest == digest_blockwise(b.digest for b in own)
         assert batch.digests == (tuple(BlockDigest(b.offset, b.digest) for b in own) if keep else ())
 
     assert sum(batch.blocks_compared for batch in batches) == len(blocks)

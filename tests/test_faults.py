@@ -134,6 +134,8 @@ def interrupted(pair: Pair, port: int, *options: str):
 SIDES_AND_PLACES = [("request", "0"), ("request", "30"), ("response", "0"), ("response", "30")] + [
     ("response", place) for place in ("first", "middle", "last")
 ]
+METHODS = ["sha1", "xxh128"]
+"""Those that are verified by a digest of what is sent, and by the digests that were compared."""
 BODY_PLACES = ("first", "middle", "last")
 
 
@@ -170,25 +172,27 @@ def test_broken_heads_are_survived(server, tmp_path, place):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("action", ["reset", "close", "stall", "corrupt"])
 @pytest.mark.parametrize("place", BODY_PLACES)
-def test_broken_uploads_are_repeated(server, tmp_path, place, action):
+def test_broken_uploads_are_repeated(server, tmp_path, place, action, method):
     """Data that breaks off, stands still or arrives wrong on its way to the server is sent again."""
     pair = Pair(tmp_path, "upload", server.port)
     with RelayProcess(server.port, f"request POST+/blocks {place} {action}") as relay:
-        result = pair.via(relay.port).run("--timeout", "1")
+        result = pair.via(relay.port).run("--timeout", "1", "-m", method)
         assert relay.stop()
     assert result.returncode == 0, result.stderr
     assert pair.is_equal()
     assert "1 retry" in result.stderr
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("place", BODY_PLACES)
-def test_corrupt_downloads_are_repeated(server, tmp_path, place):
+def test_corrupt_downloads_are_repeated(server, tmp_path, place, method):
     """A byte that arrives wrong from the server is noticed and fetched again."""
     pair = Pair(tmp_path, "download", server.port)
     with RelayProcess(server.port, f"response GET+/blocks {place} corrupt") as relay:
-        result = pair.via(relay.port).run()
+        result = pair.via(relay.port).run("-m", method)
         assert relay.stop()
     assert result.returncode == 0, result.stderr
     assert pair.is_equal()

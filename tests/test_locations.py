@@ -11,6 +11,7 @@ import pytest
 import xxhash
 
 from pdiffcopy.address import Address
+from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import (
     DigestMismatchError,
     FileMissingError,
@@ -192,6 +193,21 @@ def test_wrong_digest_is_noticed(replica, data):
     """What lies in the file isn't what the sender states."""
     with pytest.raises(DigestMismatchError):
         replica.write([Extent(0, 4)], Reading([b"data"], xxhash.xxh3_128_hexdigest(b"dada")))
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_blockwise_digest_is_compared(replica, path, cut):
+    """The digest of the digests of the blocks does as well, wherever the octets were cut."""
+    octets = make_data(2 * BLOCK + 100, 3)
+    extents = [Extent(0, BLOCK), Extent(2 * BLOCK, BLOCK + 100)]
+    chunks = [octets[i : i + cut] for i in range(0, len(octets), cut)]
+    blocks = (octets[i : i + BLOCK] for i in range(0, len(octets), BLOCK))
+    digest = digest_blockwise(map(xxhash.xxh3_128_hexdigest, blocks))
+    replica.write(extents, Reading(chunks, digest, BLOCK))
+    assert path.read_bytes()[:BLOCK] + path.read_bytes()[2 * BLOCK : 3 * BLOCK + 100] == octets
+    for wrong in (Reading(chunks, digest), Reading(chunks, digest, BLOCK + 1), Reading(chunks[::-1], digest, BLOCK)):
+        with pytest.raises(DigestMismatchError):
+            replica.write(extents, wrong)
 
 
 def test_writing_to_a_missing_file_is_an_error(replica, path):

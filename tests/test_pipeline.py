@@ -44,6 +44,10 @@ def plan(tmp_path) -> Plan:
     )
 
 
+KINDS = [{}, {"by_hashes": True}, {"method": "xxh128", "blockwise": True}]
+"""The kinds of verification: how a plan differs."""
+
+
 class FaultyReplica(LocalReplica):
     """Raises errors, or flips an octet of what it reads, as often as it's told to."""
 
@@ -51,9 +55,11 @@ class FaultyReplica(LocalReplica):
         super().__init__(filename)
         self.errors = list(errors)
         self.flips = flips
+        self.stated = []
 
     @contextmanager
     def read(self, extents, state_digest):
+        self.stated.append(state_digest)
         if self.errors:
             raise self.errors.pop(0)
         with super().read(extents, state_digest) as reading:
@@ -168,20 +174,20 @@ def test_results_add_up():
     assert Result(1, 2, 3, 4, 5, 6) + Result(10, 20, 30, 40, 50, 60) == Result(11, 22, 33, 44, 55, 66)
 
 
-@pytest.mark.parametrize("by_hashes", [False, True])
-def test_what_arrives_wrong_is_transferred_again(plan, source, by_hashes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_arrives_wrong_is_transferred_again(plan, source, kind):
     """A flipped octet is noticed by the digest, or by the block hashes, and doesn't end the run."""
-    plan = replace(plan, by_hashes=by_hashes)
+    plan = replace(plan, **kind)
     (batch,) = generate_batches(plan)
     source.flips = VERIFY_ATTEMPTS - 1
     assert transfer_batch(plan, batch).retries == VERIFY_ATTEMPTS - 1
     assert read(plan.target) == read(plan.source)
 
 
-@pytest.mark.parametrize("by_hashes", [False, True])
-def test_what_keeps_arriving_wrong_ends_the_run(plan, source, by_hashes):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_keeps_arriving_wrong_ends_the_run(plan, source, kind):
     """After a few attempts it's an error of its own kind, which names the place."""
-    plan = replace(plan, by_hashes=by_hashes)
+    plan = replace(plan, **kind)
     (batch,) = generate_batches(plan)
     source.flips = VERIFY_ATTEMPTS
     with pytest.raises(VerificationError, match=f"offset {BLOCK}"):
@@ -195,6 +201,27 @@ def test_without_verification_wrong_octets_go_unnoticed(plan, source):
     source.flips = 1
     assert transfer_batch(plan, batch).retries == 0
     assert read(plan.target) != read(plan.source)
+
+
+def test_blockwise_the_source_states_no_digest(plan, source):
+    """Who compared by XXH128 need not have the source read a second time what it sends."""
+    plan = replace(plan, method="xxh128", blockwise=True)
+    (batch,) = generate_batches(plan)
+    assert transfer_batch(plan, batch) == Result(6, 3, SIZE, 2 * BLOCK + 10, 2 * BLOCK + 10, 0)
+    assert source.stated == [False]
+    assert read(plan.target) == read(plan.source)
+
+
+def test_blockwise_a_source_that_changed_is_asked_for_its_digest(plan, source):
+    """What was compared isn't there any more: that's for the end of the run to find out, and no damage on the way."""
+    plan = replace(plan, method="xxh128", blockwise=True)
+    (batch,) = generate_batches(plan)
+    with open(plan.source.filename, "r+b") as handle:
+        handle.seek(BLOCK)
+        handle.write(b"changed meanwhile")
+    assert transfer_batch(plan, batch).retries == 1
+    assert source.stated == [False, True]
+    assert read(plan.target) == read(plan.source)
 
 
 def test_by_hashes_a_wrong_octet_never_reaches_the_target(plan, source):

@@ -185,6 +185,25 @@ def test_digest_of_a_written_block_is_compared(ask, path):
     assert ask("POST", "blocks", b"data", filename=path, offset=3).json() == {"verified": False}
 
 
+def test_blockwise_digest_is_compared(ask, path):
+    """It may be that of the digests of blocks, whose size is stated."""
+    digests = [xxhash.xxh3_128_hexdigest(block) for block in (b"dat", b"a")]
+    headers = {"Pdiffcopy-Digest": xxhash.xxh3_128_hexdigest("".join(digests).encode())}
+    response = ask("POST", "blocks", b"data", headers, filename=path, offset=3, block_size=3)
+    assert (response.status_code, response.json()) == (200, {"verified": True})
+    for block_size in (2, 4, 100):
+        assert_problem(ask("POST", "blocks", b"data", headers, filename=path, offset=3, block_size=block_size), 409)
+
+
+@pytest.mark.parametrize(("block_size", "status"), [(0, 400), (-1, 400), ("x", 400), (2**40, 413)])
+def test_absurd_blocks_of_a_digest_are_refused(ask, path, block_size, status):
+    """Before anything is written."""
+    before = snapshot(path)
+    headers = {"Pdiffcopy-Digest": xxhash.xxh3_128_hexdigest(b"data")}
+    assert_problem(ask("POST", "blocks", b"data", headers, filename=path, offset=3, block_size=block_size), status)
+    assert snapshot(path) == before
+
+
 def test_wrong_digest_is_409(ask, path):
     """A client learns that what lies in the target isn't what it sent."""
     digest = {"Pdiffcopy-Digest": xxhash.xxh3_128_hexdigest(b"data")}

@@ -208,6 +208,64 @@ def test_octets_that_arrive_one_by_one_are_collected(connection):
     thread.join()
 
 
+def test_the_kernel_counts_what_arrives(connection, monkeypatch):
+    """Octets that come one by one don't wake anybody until there are enough, and afterwards one is enough again."""
+    near, far = connection
+    wakes = []
+    originals = splice._wait_for
+
+    def wait_for(*args):
+        ready = originals(*args)
+        wakes.append((args[1], ready))
+        return ready
+
+    monkeypatch.setattr(splice, "_wait_for", wait_for)
+
+    def send() -> None:
+        for octet in (b"a", b"b", b"c"):
+            far.sendall(octet)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert list(map(bytes, receive(near.fileno(), 3, timeout=20))) == [b"abc"]
+    thread.join()
+    assert wakes == [(3, True)]
+    assert near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+def test_a_slow_wire_is_a_sign_of_life(connection):
+    """Less than what's waited for comes within the time: that's taken, and waiting goes on."""
+    near, far = connection
+
+    def send() -> None:
+        for octet in (b"a", b"b", b"c", b"d"):
+            far.sendall(octet)
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert b"".join(map(bytes, receive(near.fileno(), 4, timeout=0.4))) == b"abcd"
+    thread.join()
+
+
+def test_a_descriptor_that_was_closed_meanwhile_is_left_alone(connection):
+    """The generator ends after its connection, and doesn't close what has got the number since."""
+    near, far = connection
+    far.sendall(b"some")
+    chunks = receive(near.fileno(), 100, timeout=0.05)
+    next(chunks)
+    number = near.fileno()
+    near.close()
+    other = os.open("/dev/null", os.O_RDONLY)
+    try:
+        assert other == number
+        chunks.close()
+        os.fstat(other)
+    finally:
+        os.close(other)
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_chunk_is_waited_for(connection, blocking):
     """A socket that has a timeout in Python doesn't block in the system: it's waited for all the same."""

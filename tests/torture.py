@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.relay import RelayProcess
 from tests.support import Server, children_of, find_free_port, is_alive, start_server, wait_for
-from tests.test_faults import DIRECTIONS, Pair, check_error, kill_server
+from tests.test_faults import DIRECTIONS, METHODS, Pair, check_error, kill_server
 
 ACTIONS = ("reset", "close", "stall", "corrupt", "corrupt", "duplicate=7", "drop=7", "delay=0.2")
 ENDPOINTS = ("GET+/info", "GET+/hashes", "GET+/blocks", "POST+/blocks", "POST+/resize")
@@ -61,7 +61,7 @@ def break_the_network(pair: Pair, server: Server, seed: int) -> None:
     chance = random.Random(seed)
     faults = [choose_fault(chance, pair.direction) for _ in range(chance.randint(1, 3))]
     with RelayProcess(server.port, *faults) as relay:
-        result = pair.via(relay.port).run("--timeout", "1", "--retries", "5")
+        result = pair.via(relay.port).run("--timeout", "1", "--retries", "5", "-m", chance.choice(METHODS))
     assert result.returncode or pair.is_equal(), (faults, result.stderr)
     pair.check_completion(server.port)
 
@@ -71,7 +71,7 @@ def restart_the_server(pair: Pair, folder: Path, seed: int) -> None:
     chance = random.Random(seed)
     server = start_server(folder, port=find_free_port())
     with RelayProcess(server.port, rate=2_000_000) as relay:
-        process = pair.via(relay.port).start("--timeout", "2")
+        process = pair.via(relay.port).start("--timeout", "2", "-m", chance.choice(METHODS))
         time.sleep(chance.uniform(0, LONGEST_RUN))
         kill_server(server)
         time.sleep(chance.uniform(0, 3))
