@@ -43,6 +43,19 @@ def send_all(sock: socket.socket, data: bytes) -> threading.Thread:
     return thread
 
 
+def send_slowly(sock: socket.socket, data: bytes, pause: float) -> threading.Thread:
+    """Send octets one by one, with a pause (in seconds) after each."""
+
+    def send() -> None:
+        for octet in data:
+            sock.sendall(bytes([octet]))
+            time.sleep(pause)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
 # A chunk in a pipe {{{1
 
 
@@ -197,13 +210,7 @@ def test_octets_that_arrive_one_by_one_are_collected(connection):
     near, far = connection
     far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
-    def send() -> None:
-        for octet in (b"a", b"b", b"c", b"d", b"e"):
-            far.sendall(octet)
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=send)
-    thread.start()
+    thread = send_slowly(far, b"abcde", 0.01)
     assert list(map(bytes, receive(near.fileno(), 5, timeout=20))) == [b"abcde"]
     thread.join()
 
@@ -221,13 +228,7 @@ def test_the_kernel_counts_what_arrives(connection, monkeypatch):
 
     monkeypatch.setattr(splice, "_wait_for", wait_for)
 
-    def send() -> None:
-        for octet in (b"a", b"b", b"c"):
-            far.sendall(octet)
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=send)
-    thread.start()
+    thread = send_slowly(far, b"abc", 0.05)
     assert list(map(bytes, receive(near.fileno(), 3, timeout=20))) == [b"abc"]
     thread.join()
     assert wakes == [(3, True)]
@@ -238,13 +239,7 @@ def test_a_slow_wire_is_a_sign_of_life(connection):
     """Less than what's waited for comes within the time: that's taken, and waiting goes on."""
     near, far = connection
 
-    def send() -> None:
-        for octet in (b"a", b"b", b"c", b"d"):
-            far.sendall(octet)
-            time.sleep(0.3)
-
-    thread = threading.Thread(target=send)
-    thread.start()
+    thread = send_slowly(far, b"abcd", 0.3)
     assert b"".join(map(bytes, receive(near.fileno(), 4, timeout=0.4))) == b"abcd"
     thread.join()
 
