@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.processes import get_cpu_seconds, get_tree, is_listening, reset_peak_memory, wait_for
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+# What is installed comes with its bytecode, so that of a checkout is kept, too: compiling isn't what a user waits for.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
 LOOPBACK = "127.0.0.1"
 STARTUP_TIMEOUT = 30
 END_TIMEOUT = 20
