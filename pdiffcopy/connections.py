@@ -3,7 +3,7 @@ How are connections to a server opened, kept and used again?
 
 By requests, of which some habits are taken away. It looks for proxies and credentials in the environment; and
 http.client below it skips ``100 Continue`` (RFC 9110, section 15.2.1) for as long as a server sends it, and takes the
-end of a connection for the end of a head.
+end of a connection for the end of a head. What it learns is to send a file without reading it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from pdiffcopy import __version__
+from pdiffcopy.localfile import Stored
 from pdiffcopy.security import check_authority
 
 _MAX_LINES = 256
@@ -76,6 +77,12 @@ class _Response(HTTPResponse):
 
 class _Connection(HTTPConnection):
     response_class = _Response
+
+    def send(self, data: Any) -> None:
+        if isinstance(data, Stored):
+            data.send(self.sock)
+        else:
+            super().send(data)
 
 
 class _SecureConnection(HTTPSConnection):

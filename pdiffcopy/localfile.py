@@ -23,7 +23,7 @@ import xxhash
 from pdiffcopy.digests import get_verifier
 from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, RangeError, TakenOverError
 from pdiffcopy.protocol import Extent, FileInfo
-from pdiffcopy.splice import Chunk, Piped, spread
+from pdiffcopy.splice import Chunk, Piped, spread, wait_for_room
 
 CHUNK_SIZE = 256 * 1024
 """How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
@@ -175,13 +175,17 @@ class LocalFile:
         """
         Send an extent, without a detour through this program where the file system can do that.
 
-        :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does.
+        :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does, or when it
+                 takes nothing for as long as its timeout allows.
         """
         offset, size = extent
         while size:
             try:
                 count = os.sendfile(sock.fileno(), self.fd, offset, size)
-            except (ConnectionError, BlockingIOError, TimeoutError):
+            except BlockingIOError:
+                wait_for_room(sock)
+                continue
+            except (ConnectionError, TimeoutError):
                 raise
             except OSError:  # if that's the fault of the file, this tells more
                 for chunk in self.chunks([Extent(offset, size)]):
@@ -325,6 +329,28 @@ class LocalFile:
         """Flush the file to its disk."""
         with translating("flush", self.filename):
             os.fsync(self.fd)
+
+
+class Stored:
+    """Octets in an open file: chunks like any others, or sent as a whole."""
+
+    def __init__(self, file: LocalFile, extents: Sequence[Extent]):
+        """
+        Initialize a chunk source.
+
+        :param file: The file, which has to stay open.
+        :param extents: Where the octets are.
+        """
+        self.file = file
+        self.extents = extents
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self.file.chunks(self.extents)
+
+    def send(self, sock: socket.socket) -> None:
+        """Send all of them through a socket that isn't encrypted, see :meth:`LocalFile.send`."""
+        for extent in self.extents:
+            self.file.send(sock, extent)
 
 
 @contextmanager

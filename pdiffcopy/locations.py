@@ -23,7 +23,7 @@ from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_
 from pdiffcopy.address import Address, parse_location
 from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
 from pdiffcopy.hashing import get_methods, hash_stripes
-from pdiffcopy.localfile import LocalFile
+from pdiffcopy.localfile import LocalFile, Stored
 from pdiffcopy.operations import claim_file, get_file_info, read_block, release_file, resize_file, stat_file, sync_file
 from pdiffcopy.protocol import FEATURES, Extent, FileInfo, PeerInfo
 from pdiffcopy.splice import Chunk
@@ -118,7 +118,7 @@ class LocalReplica(Replica):
     def read(self, extents: Sequence[Extent], state_digest: bool) -> Iterator[Reading]:
         """See :meth:`Replica.read`."""
         with LocalFile(self.filename) as file:
-            yield Reading(file.chunks(extents), file.digest(extents) if state_digest else "")
+            yield Reading(Stored(file, extents), file.digest(extents) if state_digest else "")
 
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`Replica.write`."""

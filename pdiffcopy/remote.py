@@ -39,7 +39,7 @@ from pdiffcopy.exceptions import (
     TakenOverError,
     TransientError,
 )
-from pdiffcopy.localfile import CHUNK_SIZE
+from pdiffcopy.localfile import CHUNK_SIZE, Stored
 from pdiffcopy.locations import Network, Reading, Replica
 from pdiffcopy.protocol import (
     BLOCKS,
@@ -309,7 +309,10 @@ class _Body:
     def __len__(self) -> int:
         return self.size
 
-    def __iter__(self) -> Iterator[bytes | memoryview]:
+    def __iter__(self) -> Iterator[bytes | memoryview | Stored]:
+        if isinstance(self.chunks, Stored):
+            # The connection knows how to send that as a whole (and http.client takes an iterable where it's encrypted).
+            return iter([self.chunks])
         return (bytes(chunk) if isinstance(chunk, Piped) else chunk for chunk in self.chunks)
 
 

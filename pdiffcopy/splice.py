@@ -162,3 +162,17 @@ def _wait_for(connection: socket.socket, size: int, timeout: float | None) -> bo
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(timeout and timeout * 1000))
+
+
+def wait_for_room(sock: socket.socket) -> None:
+    """
+    Wait until a socket that took nothing takes something.
+
+    :raises: :exc:`TimeoutError` when that's too long.
+    """
+    timeout = sock.gettimeout()
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    # A socket without a timeout waits by itself, so that was too long already (SO_SNDTIMEO, socket(7)).
+    if timeout is None or not poll.poll(timeout * 1000):
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))

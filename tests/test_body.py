@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from io import BytesIO
 from threading import Thread
@@ -22,7 +23,7 @@ from werkzeug.test import create_environ
 from pdiffcopy import localfile
 from pdiffcopy.body import read_body, send_extents
 from pdiffcopy.exceptions import FileError, RequestError
-from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, Stored
 from pdiffcopy.protocol import Extent, format_extents
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.splice import Piped
@@ -419,6 +420,32 @@ def test_file_systems_without_sendfile(tmp_path, monkeypatch):
         near.close()
         with far.makefile("rb") as reader:
             assert reader.read() == b"octetssome"
+
+
+def test_slow_receiver_is_waited_for(tmp_path, connection):
+    """A socket with a timeout is one that doesn't block, and takes a file in parts."""
+    near, far = connection
+    near.settimeout(30)
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    octets = make_data(8 * 1024 * 1024, 1)
+    (tmp_path / "file").write_bytes(octets)
+    extents = [Extent(5, 4_000_000), Extent(4_000_010, 1), Extent(5_000_000, 3_000_000)]
+    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(1) as executor:
+        future = executor.submit(Stored(file, extents).send, near)
+        with far.makefile("rb") as reader:
+            received = reader.read(sum(size for _, size in extents))
+        future.result()
+    assert received == b"".join(octets[offset : offset + size] for offset, size in extents)
+
+
+def test_receiver_that_takes_nothing_is_given_up(tmp_path, connection):
+    """After the timeout of the socket."""
+    near, _ = connection
+    near.settimeout(0.1)
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(64 * 1024 * 1024)
+    with LocalFile(str(tmp_path / "file")) as file, pytest.raises(TimeoutError):
+        Stored(file, [Extent(0, 64 * 1024 * 1024)]).send(near)
 
 
 def test_file_that_ends_early_is_noticed(tmp_path):

@@ -25,7 +25,8 @@ from pdiffcopy.exceptions import (
     RemoteError,
     TransientError,
 )
-from pdiffcopy.locations import Network, Reading
+from pdiffcopy.localfile import LocalFile
+from pdiffcopy.locations import LocalReplica, Network, Reading
 from pdiffcopy.protocol import FEATURES, Extent
 from pdiffcopy.remote import RemoteReplica
 from tests.support import find_free_port
@@ -109,6 +110,16 @@ def read(replica: RemoteReplica, *extents: Extent, state_digest: bool = False) -
 
 
 # What is sent {{{1
+
+
+def test_local_file_is_sent_without_being_read(tmp_path, monkeypatch):
+    """The operating system moves the octets from the file to the connection."""
+    (tmp_path / "source").write_bytes(b"0123456789")
+    monkeypatch.delattr(LocalFile, "chunks")
+    source, extents = LocalReplica(str(tmp_path / "source")), [Extent(7, 3), Extent(0, 2)]
+    with canned(answer()) as (replica, requests), source.read(extents, state_digest=False) as reading:
+        replica.write(extents, reading)
+    assert b"Content-Length: 5\r\n" in requests[0] and requests[0].endswith(b"\r\n\r\n78901")
 
 
 def test_requests_are_spelled_the_frozen_way():
