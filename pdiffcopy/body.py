@@ -13,11 +13,11 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pdiffcopy.exceptions import RequestError
-from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
+from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, Stored
 from pdiffcopy.protocol import Extent
 from pdiffcopy.splice import Chunk, receive
 
@@ -37,7 +37,7 @@ def read_body(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
         raise RequestError("The body ended early: {reason}", reason=e.strerror or e) from e
 
 
-def send_extents(environ: dict[str, Any], file: LocalFile, extents: Iterable[Extent]) -> Iterator[bytes]:
+def send_extents(environ: dict[str, Any], file: LocalFile, extents: Sequence[Extent]) -> Iterator[bytes]:
     """
     Send a part of a file as the body of a response.
 
@@ -51,8 +51,7 @@ def send_extents(environ: dict[str, Any], file: LocalFile, extents: Iterable[Ext
         yield from map(bytes, file.chunks(extents))
         return
     yield b""  # makes gunicorn send the head
-    for extent in extents:
-        file.send(sock, extent)
+    Stored(file, extents).send(sock)
 
 
 def _get_socket(environ: dict[str, Any]) -> socket.socket | None:

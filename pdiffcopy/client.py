@@ -273,10 +273,10 @@ class Client(PropertyManager):
         with self._watching_source(source, plan):
             if not target.exists:
                 replica.resize(source.size)
-            # From here on no other run may mix its data with ours: one that begins later ends this one.
-            plan = replace(plan, run=plan.run if replica.claim(plan.run) else "")
-            # An earlier one may have resized the target until now.
-            target = replica.info()[0]
+            # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier one
+            # may have resized the target until now.
+            claimed, target = replica.claim(plan.run)
+            plan = replace(plan, run=plan.run if claimed else "")
             if target.size < source.size:
                 replica.resize(source.size, plan.run)
             work = partial(transfer_batch, plan)
@@ -287,9 +287,8 @@ class Client(PropertyManager):
                 replica.resize(source.size, plan.run)
             if self.fsync:
                 replica.sync()
-            if plan.run:
-                replica.release(plan.run)
-            self._check_target(source, target, replica.info()[0])
+            after = replica.release(plan.run) if claimed else replica.info()[0]
+            self._check_target(source, target, after)
         return result
 
     @contextmanager

@@ -19,15 +19,17 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from pdiffcopy import __version__
 from pdiffcopy.localfile import Stored
 from pdiffcopy.security import check_authority
+from pdiffcopy.splice import get_socket_options
 
 _MAX_LINES = 256
 """How many lines the head of a response may have, interim responses included."""
 
 
-def open_session(token: str = "", ca_file: str = "") -> Session:
+def open_session(host: str, token: str = "", ca_file: str = "") -> Session:
     """
     Make a session, which keeps its connections alive and belongs to one process.
 
+    :param host: The host that it's going to connect to.
     :param token: The shared secret that the server asks for (empty for none).
     :param ca_file: The certificate authority to trust for https (empty for those that requests trusts).
     :raises: :exc:`.FileError` when `ca_file` can't be used.
@@ -41,7 +43,7 @@ def open_session(token: str = "", ca_file: str = "") -> Session:
         check_authority(ca_file)
         session.verify = ca_file
     for scheme in _POOLS:
-        session.mount(f"{scheme}://", _Adapter())
+        session.mount(f"{scheme}://", _Adapter(host))
     return session
 
 
@@ -101,6 +103,10 @@ _POOLS = {"http": _Pool, "https": _SecurePool}
 
 
 class _Adapter(HTTPAdapter):
+    def __init__(self, host: str):
+        self.socket_options = [*HTTPConnection.default_socket_options, *get_socket_options(host)]
+        super().__init__()
+
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        super().init_poolmanager(*args, **options)
+        super().init_poolmanager(*args, socket_options=self.socket_options, **options)
         self.poolmanager.pool_classes_by_scheme = _POOLS

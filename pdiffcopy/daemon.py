@@ -23,6 +23,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from pdiffcopy.address import join_host_port
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.protocol import PROBLEM_TYPE, encode_problem
+from pdiffcopy.splice import get_socket_options
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _leave(server: Any, worker: Any) -> None:
 
 
 def _when_ready(server: Any) -> None:
-    """Announce the server, and bound each wait for a client (connections inherit this from the listening socket)."""
+    """Announce the server, and prepare what connections inherit from the listening socket: each wait is bounded."""
     for listener in server.LISTENERS:
         logger.info("Serving on %s (Control-C stops the server)", listener)
         sock = listener.sock
@@ -174,6 +175,8 @@ def _when_ready(server: Any) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALL_TIMEOUT, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT * 1000)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option in get_socket_options(sock.getsockname()[0]):
+            sock.setsockopt(*option)
 
 
 def _make_tls_context(config: Any, make_default: Any) -> ssl.SSLContext:

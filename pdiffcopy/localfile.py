@@ -167,9 +167,12 @@ class LocalFile:
             for offset, size in extents:
                 for position in range(offset, offset + size, CHUNK_SIZE):
                     view = buffer[: min(CHUNK_SIZE, offset + size - position)]
-                    if self.read_into(view, position) < len(view):
-                        raise self._too_short(position + len(view))
+                    self._fill(view, position)
                     yield view
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if self.read_into(view, offset) < len(view):
+            raise self._too_short(offset + len(view))
 
     def send(self, sock: socket.socket, extent: Extent) -> None:
         """
@@ -223,23 +226,31 @@ class LocalFile:
         """
         hasher = get_verifier(block_size) if digest else None
         for offset, piece in spread(extents, chunks):
-            size = len(piece)
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.
             with self.writing(run):
-                if run and offset + size > self.size():
+                if run and offset + len(piece) > self.size():
                     # A run makes room first. To write here would make a hole of what somebody has cut off meanwhile.
                     text = "Can't write to {filename} up to offset {offset}: somebody has cut it meanwhile"
-                    raise RangeError(text, filename=self.filename, offset=offset + size)
-                self._write_at(piece, offset)
-            if hasher:
-                # Read back at once: the octets are still in the cache of this core.
-                for chunk in self.chunks([Extent(offset, size)]):
-                    hasher.update(chunk)
+                    raise RangeError(text, filename=self.filename, offset=offset + len(piece))
+                self._write_piece(offset, piece, hasher)
         if hasher and hasher.hexdigest() != digest:
             text = "What lies in {filename} at offset {offset} isn't what was sent"
             raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
 
-    def _write_at(self, piece: memoryview | Piped, offset: int) -> None:
+    def _write_piece(self, offset: int, piece: memoryview | Piped, hasher: Any) -> None:
+        """Write octets, and read them back chunk by chunk: each is still in the cache of this core."""
+        if not hasher:
+            self._write_at(offset, piece)
+            return
+        with _borrowed_buffer() as buffer:
+            while size := min(len(piece), CHUNK_SIZE):
+                part, piece = piece[:size], piece[size:]
+                self._write_at(offset, part)
+                self._fill(buffer[:size], offset)
+                hasher.update(buffer[:size])
+                offset += size
+
+    def _write_at(self, offset: int, piece: memoryview | Piped) -> None:
         with translating("write to", self.filename):
             if isinstance(piece, Piped):
                 piece.move_to(self.fd, offset)

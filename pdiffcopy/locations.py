@@ -84,12 +84,16 @@ class Replica(ABC):
         """Create the file (with its parent folders), grow or cut it."""
 
     @abstractmethod
-    def claim(self, run: str) -> bool:
-        """Let a run write to the file, and no earlier one any more. Returns whether that's possible here."""
+    def claim(self, run: str) -> tuple[bool, FileInfo]:
+        """
+        Let a run write to the file, and no earlier one any more.
+
+        :returns: Whether that's possible here, and what the file is from then on.
+        """
 
     @abstractmethod
-    def release(self, run: str) -> None:
-        """End a claim. Raises :exc:`.TakenOverError` when it was lost before."""
+    def release(self, run: str) -> FileInfo:
+        """End a claim, and look what the file is now. Raises :exc:`.TakenOverError` when it was lost before."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -129,13 +133,13 @@ class LocalReplica(Replica):
         """See :meth:`Replica.resize`."""
         resize_file(self.filename, size, run=run)
 
-    def claim(self, run: str) -> bool:
+    def claim(self, run: str) -> tuple[bool, FileInfo]:
         """See :meth:`Replica.claim`."""
         return claim_file(self.filename, run)
 
-    def release(self, run: str) -> None:
+    def release(self, run: str) -> FileInfo:
         """See :meth:`Replica.release`."""
-        release_file(self.filename, run)
+        return release_file(self.filename, run)
 
     def sync(self) -> None:
         """See :meth:`Replica.sync`."""

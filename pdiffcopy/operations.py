@@ -77,16 +77,19 @@ def resize_file(filename: str, size: int, namespace: Namespace = MACHINE, device
         file.resize(size)
 
 
-def claim_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> bool:
-    """Let one run write to a file, and no earlier one any more (see :meth:`LocalFile.claim`)."""
+def claim_file(
+    filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True
+) -> tuple[bool, FileInfo]:
+    """Let one run write to a file, and no earlier one any more (see :meth:`.Replica.claim`)."""
     with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
-        return file.claim(run)
+        return file.claim(run), file.info()
 
 
-def release_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> None:
-    """End a claim. Raises :exc:`.TakenOverError` when it was lost before."""
+def release_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> FileInfo:
+    """End a claim (see :meth:`.Replica.release`)."""
     with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
         file.release(run)
+        return file.info()
 
 
 def sync_file(filename: str, namespace: Namespace = MACHINE, devices: bool = True) -> None:

@@ -12,8 +12,9 @@ uses an addition only when the server lists it as a *feature* in its answer to `
     ``POST /blocks`` with ``block_size=`` states a blockwise digest: that of its blocks' digests (:mod:`.digests`).
 :data:`FEATURE_CLAIM`
     ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
-    the next claim or ``POST /release?filename=&run=``. ``POST /blocks`` and ``POST /resize`` with a ``run=`` that has
-    lost its claim answer 423, and so does the release. Without it they write as ever.
+    the next claim or ``POST /release?filename=&run=``. Both answer with what ``/info`` says of the file, and with
+    :data:`CLAIMED`. ``POST /blocks`` and ``POST /resize`` with a ``run=`` that has lost its claim answer 423, and so
+    does the release. Without it they write as ever.
 :data:`FEATURE_DIGEST`
     ``GET /blocks`` with ``digest=1`` states the digest of the octets in the header :data:`DIGEST_HEADER`. On
     ``POST /blocks`` the client may state it; the server compares with what lies in the target after the write
@@ -54,7 +55,8 @@ SYNC_DONE = "done"
 VERIFIED = "verified"
 """The member of the answer to ``POST /blocks`` that is true when what lies in the target was compared with a digest."""
 CLAIMED = "claimed"
-"""The member of the answer to ``POST /claim`` that is false when the file system can't hold a claim."""
+"""The member of the answer to ``POST /claim`` that is false when the file system can't hold a claim (and to
+``POST /release``, where it's always false)."""
 
 FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "blockwise", "claim", "digest"
 FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC = "extents", "resume", "sync"

@@ -111,7 +111,7 @@ class RemoteReplica(Replica):
         """The connections of this process: one that is forked opens its own, but knows what we have been told."""
         pid = os.getpid()
         if pid not in self._sessions:
-            self._sessions[pid] = open_session(self.network.token, self.network.ca_file)
+            self._sessions[pid] = open_session(self.address.hostname, self.network.token, self.network.ca_file)
         return self._sessions[pid]
 
     def info(self) -> tuple[FileInfo, PeerInfo]:
@@ -189,15 +189,18 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.resize`."""
         self._post(RESIZE, {"size": size} | _name(run))
 
-    def claim(self, run: str) -> bool:
+    def claim(self, run: str) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""
         if FEATURE_CLAIM not in self.peer.features:
-            return False
-        return decode_flag(self._post(CLAIM, _name(run)), CLAIMED)
+            return False, self.info()[0]
+        document = self._post(CLAIM, _name(run))
+        info, _ = decode_info(document, exists=True)
+        self._size = info.size
+        return decode_flag(document, CLAIMED), info
 
-    def release(self, run: str) -> None:
+    def release(self, run: str) -> FileInfo:
         """See :meth:`.Replica.release`."""
-        self._post(RELEASE, _name(run))
+        return decode_info(self._post(RELEASE, _name(run)), exists=True)[0]
 
     def _post(self, endpoint: str, params: dict[str, Any]) -> bytes:
         def ask() -> bytes:

@@ -168,16 +168,16 @@ class _Views:
         self.check_writable()
         parameters = Parameters(request.query_string)
         parameters.get("run")
-        claimed = claim_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
-        return {wire.CLAIMED: claimed}
+        claimed, info = claim_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
+        return {wire.CLAIMED: claimed, **info.as_dict()}
 
     def release(self) -> Any:
         """``POST /release``"""
         self.check_writable()
         parameters = Parameters(request.query_string)
         parameters.get("run")
-        release_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
-        return {wire.CLAIMED: False}
+        info = release_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
+        return {wire.CLAIMED: False, **info.as_dict()}
 
     def sync(self) -> Response:
         """``POST /sync``"""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from pdiffcopy.protocol import Extent
+from pdiffcopy.security import is_loopback
 
 PIPE_SIZE = 1024 * 1024
 """How much a pipe holds if the system allows it (pipe(7): that's what a process may ask for by default)."""
@@ -162,6 +163,25 @@ def _wait_for(connection: socket.socket, size: int, timeout: float | None) -> bo
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     return bool(poll.poll(timeout and timeout * 1000))
+
+
+def get_socket_options(host: str) -> list[tuple[int, int, bytes]]:
+    """
+    How to let connections that don't leave this machine send as fast as the other end takes it.
+
+    Where the congestion control of the system is BBR, a timer is set for every few packets, to spare routers a
+    burst. There are none here, and the timers take longer than the packets. A socket is told before it's connected.
+
+    :param host: Where they lead to (or where a server listens), as an operator or the operating system spells it.
+    :returns: A list of arguments for :meth:`~socket.socket.setsockopt` (empty for other hosts).
+    """
+    # Every system has Reno, and lets everybody choose it, unless the administrator sees that differently (tcp(7)).
+    option = (socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    if is_loopback(host):
+        with suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(*option)
+            return [option]
+    return []
 
 
 def wait_for_room(sock: socket.socket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ from urllib.parse import quote
 import pytest
 import requests
 
+from pdiffcopy.address import Address
+from pdiffcopy.locations import Network
+from pdiffcopy.remote import RemoteReplica
 from tests.support import (
     STALL,
     can_connect,
@@ -220,3 +224,16 @@ def test_port_in_use_is_one_line(server):
     (line,) = error_lines(result)
     assert result.returncode == 1
     assert f"127.0.0.1:{server.port}" in line and "in use" in line
+
+
+@pytest.mark.skipif(not shutil.which("ss"), reason="ss (iproute2) isn't installed")
+def test_connections_on_loopback_are_not_paced(launch, path):
+    """Neither end sends by the clock, whatever the congestion control of the system is."""
+    server = launch()
+    replica = RemoteReplica(Address(str(path), "127.0.0.1", server.port), Network(retries=0))
+    assert replica.info()[0].size == 10_000
+    here = f"sport = :{server.port} or dport = :{server.port}"
+    lines = subprocess.run(["ss", "-OtinH", "state", "established", here], capture_output=True, text=True, check=True)
+    ends = [line for line in lines.stdout.splitlines() if f"127.0.0.1:{server.port}" in line]
+    assert len(ends) >= 2
+    assert all(" reno " in end for end in ends), ends

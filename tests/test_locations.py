@@ -17,6 +17,7 @@ from pdiffcopy.exceptions import (
     FileMissingError,
     ForbiddenError,
     ProgramError,
+    TakenOverError,
     UsageError,
 )
 from pdiffcopy.locations import LocalReplica, Location, Network, Reading, Replica, open_replica
@@ -240,6 +241,25 @@ def test_resize_makes_file_and_folders(replica, path):
     """Nothing has to be there beforehand."""
     replica.resize(5)
     assert path.read_bytes() == bytes(5)
+
+
+def test_claim_and_release_tell_what_the_file_is(replica, path, data):
+    """Nobody has to ask for that once more. Only one run at a time has a claim."""
+    for run in ("aa", "bb"):
+        assert replica.claim(run) == (True, replica.info()[0])
+    with pytest.raises(TakenOverError):
+        replica.release("aa")
+    replica.resize(BLOCK, "bb")
+    assert replica.release("bb") == replica.info()[0]
+    assert replica.info()[0].size == BLOCK
+
+
+def test_claim_of_a_missing_file_is_an_error(replica, path):
+    """It creates nothing, and neither does the end of a claim."""
+    for action in (replica.claim, replica.release):
+        with pytest.raises(FileMissingError):
+            action("aa")
+    assert not path.parent.exists()
 
 
 def test_sync_leaves_the_file_as_it_is(replica, path, data):

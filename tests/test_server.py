@@ -243,12 +243,19 @@ def test_extents_have_to_fit_the_body(ask, path):
     assert snapshot(path) == before
 
 
+def get_file(ask, path) -> dict:
+    """What the server says of a file, but not of itself."""
+    info = ask("GET", "info", filename=path).json()
+    del info["server"]
+    return info
+
+
 def test_run_that_has_lost_its_claim_is_423(ask, path):
     """A later run ends an earlier one: nothing that comes with its name changes anything any more."""
-    assert ask("POST", "claim", filename=path, run="aa").json() == {"claimed": True}
+    assert ask("POST", "claim", filename=path, run="aa").json() == {"claimed": True, **get_file(ask, path)}
     assert ask("POST", "blocks", b"first", filename=path, offset=0, run="aa").status_code == 200
     assert ask("POST", "resize", filename=path, size=BLOCK, run="aa").status_code == 200
-    assert ask("POST", "claim", filename=path, run="bb").json() == {"claimed": True}
+    assert ask("POST", "claim", filename=path, run="bb").json() == {"claimed": True, **get_file(ask, path)}
     before = snapshot(path)
     for endpoint, body, params in (
         ("blocks", b"second", {"offset": 0}),
@@ -259,7 +266,7 @@ def test_run_that_has_lost_its_claim_is_423(ask, path):
         assert "another run has taken it over" in assert_problem(response, 423)
     assert snapshot(path) == before
     for _ in range(2):
-        assert ask("POST", "release", filename=path, run="bb").json() == {"claimed": False}
+        assert ask("POST", "release", filename=path, run="bb").json() == {"claimed": False, **get_file(ask, path)}
     assert os.listxattr(path) == []
     for run in ("aa", "bb"):
         assert_problem(ask("POST", "blocks", b"x", filename=path, offset=0, run=run), 423)

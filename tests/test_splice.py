@@ -13,7 +13,7 @@ from contextlib import closing
 import pytest
 
 from pdiffcopy import splice
-from pdiffcopy.splice import ENOUGH, PIPE_SIZE, Piped, receive
+from pdiffcopy.splice import ENOUGH, PIPE_SIZE, Piped, get_socket_options, receive
 from tests.support import make_data, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")
@@ -332,6 +332,32 @@ def test_urgent_octets_are_an_error(connection):
     with pytest.raises(OSError):
         for _ in range(10):
             bytes(next(chunks))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
+def test_nothing_is_paced_that_stays_here(host):
+    """Whatever the system does to spare routers a burst: there are none on loopback."""
+    (option,) = get_socket_options(host)
+    with socket.socket() as sock:
+        sock.setsockopt(*option)
+        assert sock.getsockopt(*option[:2], 16).rstrip(b"\0") == b"reno"
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "db1.example", "localhost.example"])
+def test_what_leaves_this_machine_is_up_to_the_system(host):
+    """How to share a network is for the administrator to say."""
+    assert get_socket_options(host) == []
+
+
+def test_who_may_not_choose_does_without(monkeypatch):
+    """An administrator may forbid it, and a connection without it is as good."""
+
+    class Socket(socket.socket):
+        def setsockopt(self, *arguments):
+            raise PermissionError
+
+    monkeypatch.setattr(splice.socket, "socket", Socket)
+    assert get_socket_options("127.0.0.1") == []
 
 
 def test_a_reader_that_leaves_leaves_no_pipe(connection):
