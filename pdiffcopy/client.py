@@ -267,7 +267,7 @@ class Client(PropertyManager):
         with make_reporter(plan.size, plan.activity) as reporter:
             return _collect(map(Result.of_comparison, generate_batches(plan)), reporter)
 
-    def _update(self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[[], Iterable[Batch]]) -> Result:
+    def _update(self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[..., Iterable[Batch]]) -> Result:
         """Bring the target into line: grow it, change it, cut it, and look whether all is as it should be."""
         replica = open_replica(plan.target, self.network)
         with self._watching_source(source, plan):
@@ -281,6 +281,7 @@ class Client(PropertyManager):
                 replica.resize(source.size, plan.run)
             work = partial(transfer_batch, plan)
             pool = WorkerPool(concurrency=self.concurrency, generator_fn=find, worker_fn=work)
+            pool.generator_fn = partial(find, is_awaited=pool.input_queue.empty)
             with pool, make_reporter(plan.size, plan.activity) as reporter:
                 result = _collect(pool, reporter)
             if target.size > source.size and target.resizable:
@@ -337,9 +338,9 @@ def transfer_block_fn(offset: int, source: Location, target: Location, block_siz
     return offset
 
 
-def _batches_of(plan: Plan, offsets: list[int]) -> Iterator[Batch]:
+def _batches_of(plan: Plan, offsets: list[int], is_awaited: Callable[[], bool]) -> Iterator[Batch]:
     blocks = (Block(o, block_length(o, plan.size, plan.block_size), changed=True, digest="") for o in offsets)
-    return make_batches(blocks, plan.max_extents)
+    return make_batches(blocks, plan.max_extents, is_awaited=is_awaited)
 
 
 def _collect(results: Iterable[Result], reporter: Reporter) -> Result:

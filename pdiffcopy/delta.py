@@ -13,7 +13,7 @@ The offset of a block is a multiple of the block size; only the last block of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import NamedTuple
@@ -22,14 +22,20 @@ from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.protocol import MAX_EXTENTS, BlockDigest, Extent
 
-BATCH_SIZE = 16 * 1024 * 1024
-"""How many bytes one request moves at most."""
+BATCH_SIZE = 64 * 1024 * 1024
+"""How many bytes one request moves at most: to make and to answer one takes as long as to move several MiB..."""
+HELD_BATCH_SIZE = 16 * 1024 * 1024
+"""... and with an old peer, which takes one extent a request, and has the octets in memory all at once. So have we, to
+compare them with the digests of their blocks."""
 
-COMPARE_WINDOW = 128 * 1024 * 1024
-"""After how many compared bytes a batch is closed, even when it isn't full (or empty, to report progress)..."""
+COMPARE_WINDOW = 256 * 1024 * 1024
+"""After how many compared bytes a batch is closed, even when it isn't full (or is empty, to report progress)."""
 FIRST_WINDOW = 16 * 1024 * 1024
-"""... and that of the first batch. Each one waits for a quarter more than the one before, so that it's found about when
-that one has been moved, if a slow wire and a slow hash method take equally long."""
+"""After how many compared bytes the first batch is closed if somebody waits for it. Each one takes a quarter more than the
+one before, so that it's found about when that one has been moved, if a slow wire and a slow hash method take equally
+long."""
+LOOK_WINDOW = 4 * 1024 * 1024
+"""After how many more bytes we look whether somebody has begun to wait."""
 
 BATCH_BLOCKS = 65536
 """How many changed blocks make up a batch at most: their digests may have to travel with it."""
@@ -121,23 +127,28 @@ def compare(source: Iterable[str], target: Iterable[str], size: int, block_size:
 
 
 def make_batches(
-    blocks: Iterable[Block], max_extents: int = MAX_EXTENTS, keep_digests: bool = False
+    blocks: Iterable[Block],
+    max_extents: int = MAX_EXTENTS,
+    keep_digests: bool = False,
+    is_awaited: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
     """
     Make work of blocks: join neighbours to extents and put several extents together.
 
-    A block isn't cut, so a batch is larger than :data:`BATCH_SIZE` when a single block is.
+    A block isn't cut, so a batch is larger than :data:`BATCH_SIZE` when a single block is. A batch is smaller when
+    somebody waits for it: a slow wire has something to do all the time, and a long one carries as much as it can at once.
 
     :param blocks: The blocks that were compared, in order.
     :param max_extents: How many extents one request can carry.
     :param keep_digests: Whether the batches carry the digests of their blocks.
+    :param is_awaited: Whether nothing is left of the batches that were made before.
     """
     batch = _Accumulator(max_extents, keep_digests)
     for block in blocks:
         if block.changed and not batch.has_room(block):
             yield batch.close()
         batch.add(block)
-        if batch.bytes_compared >= batch.window:
+        if batch.is_due(is_awaited):
             yield batch.close()
     if batch.blocks_compared:
         yield batch.close()
@@ -149,6 +160,7 @@ class _Accumulator:
     def __init__(self, max_extents: int, keep_digests: bool):
         self.max_extents = max_extents
         self.keep_digests = keep_digests
+        self.max_size = BATCH_SIZE if max_extents > 1 else HELD_BATCH_SIZE
         self.window = FIRST_WINDOW
         self.clear()
 
@@ -157,6 +169,7 @@ class _Accumulator:
         self.digests: list[BlockDigest] = []
         self.changed: list[str] = []
         self.size = self.blocks_compared = self.bytes_compared = 0
+        self.next_look = self.window
 
     def close(self) -> Batch:
         batch = Batch(
@@ -167,9 +180,15 @@ class _Accumulator:
             self.bytes_compared,
             digest_blockwise(self.changed),
         )
-        self.clear()
         self.window = min(self.window + self.window // 4, COMPARE_WINDOW)
+        self.clear()
         return batch
+
+    def is_due(self, is_awaited: Callable[[], bool]) -> bool:
+        if self.bytes_compared < self.next_look:
+            return False
+        self.next_look = min(self.bytes_compared + LOOK_WINDOW, COMPARE_WINDOW)
+        return self.bytes_compared >= COMPARE_WINDOW or is_awaited()
 
     def continues(self, block: Block) -> bool:
         return bool(self.extents) and sum(self.extents[-1]) == block.offset
@@ -177,7 +196,7 @@ class _Accumulator:
     def has_room(self, block: Block) -> bool:
         if not self.extents:
             return True
-        if self.size + block.size > BATCH_SIZE or len(self.changed) == BATCH_BLOCKS:
+        if self.size + block.size > self.max_size or len(self.changed) == BATCH_BLOCKS:
             return False
         return len(self.extents) < self.max_extents or self.continues(block)
 

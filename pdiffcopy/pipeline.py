@@ -23,7 +23,7 @@ What may: a batch is written completely or its failure ends the run, and doing i
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,9 +113,9 @@ def _digests(plan: Plan, address: Address, size: int) -> Generator[str, None, No
         yield from open_replica(address, plan.network).hashes(size, plan.block_size, plan.method, plan.concurrency)
 
 
-def generate_batches(plan: Plan) -> Iterator[Batch]:
-    """What the generator process does: find out what there is to transfer."""
-    return make_batches(find_blocks(plan), plan.max_extents, plan.by_hashes)
+def generate_batches(plan: Plan, is_awaited: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+    """What the generator process does: find out what there is to transfer (see :func:`.make_batches`)."""
+    return make_batches(find_blocks(plan), plan.max_extents, plan.by_hashes, is_awaited)
 
 
 def transfer_batch(plan: Plan, batch: Batch) -> Result:

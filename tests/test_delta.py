@@ -196,8 +196,10 @@ def small_limits():
     """Limits that small tests reach."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delta, "BATCH_SIZE", 4 * BLOCK)
+        patch.setattr(delta, "HELD_BATCH_SIZE", 3 * BLOCK)
         patch.setattr(delta, "COMPARE_WINDOW", 12 * BLOCK)
-        patch.setattr(delta, "FIRST_WINDOW", 12 * BLOCK)
+        patch.setattr(delta, "FIRST_WINDOW", 8 * BLOCK)
+        patch.setattr(delta, "LOOK_WINDOW", 2 * BLOCK)
         yield
 
 
@@ -242,11 +244,12 @@ def test_block_larger_than_a_batch_is_not_cut():
     short=st.booleans(),
     max_extents=st.integers(1, 5),
     keep=st.booleans(),
+    awaited=st.booleans(),
 )
-def test_batches_carry_exactly_what_changed(changes, block_size, short, max_extents, keep):
+def test_batches_carry_exactly_what_changed(changes, block_size, short, max_extents, keep, awaited):
     """The extents are the changed blocks, once each, in order; the limits hold; what was compared adds up."""
     blocks = make_blocks(changes, block_size, last=1 if short else None)
-    batches = list(make_batches(blocks, max_extents, keep))
+    batches = list(make_batches(blocks, max_extents, keep, lambda: awaited))
     changed = [block for block in blocks if block.changed]
 
     octets = [n for batch in batches for offset, size in batch.extents for n in range(offset, offset + size)]
@@ -254,7 +257,7 @@ def test_batches_carry_exactly_what_changed(changes, block_size, short, max_exte
 
     for batch in batches:
         assert len(batch.extents) <= max_extents
-        assert batch.size <= max(delta.BATCH_SIZE, block_size)
+        assert batch.size <= max(delta.BATCH_SIZE if max_extents > 1 else delta.HELD_BATCH_SIZE, block_size)
         assert batch.bytes_compared < delta.COMPARE_WINDOW + block_size
         # Neighbours are joined within a batch.
         assert all(sum(left) < right.offset for left, right in pairwise(batch.extents))
@@ -286,8 +289,16 @@ def test_batches_are_made_on_the_way(changed):
         assert batch.bytes_compared == (4 if changed else 12) * BLOCK
 
 
-def test_first_batches_come_early(monkeypatch):
+def test_awaited_batches_come_early():
     """The first batch waits for a small part of the file only, each further one for a quarter more, up to a limit."""
-    monkeypatch.setattr(delta, "FIRST_WINDOW", 8 * BLOCK)
-    batches = make_batches(make_blocks([False] * 52))
+    batches = make_batches(make_blocks([False] * 52), is_awaited=lambda: True)
     assert [batch.blocks_compared for batch in batches] == [8, 10, 12, 12, 10]
+
+
+def test_batches_fill_up_while_nobody_waits():
+    """Fewer requests move the same octets, and it's noticed soon when somebody begins to wait."""
+    looks = iter([False, True, False, False, True])
+    batches = make_batches(make_blocks([False] * 34), is_awaited=lambda: next(looks))
+    # Looks after 8 and 10 blocks, then after 10, then (at the limit of 12, whoever waits) not any more.
+    assert [batch.blocks_compared for batch in batches] == [10, 12, 12]
+    assert list(looks) == [False, True]
