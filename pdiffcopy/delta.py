@@ -31,9 +31,9 @@ compare them with the digests of their blocks."""
 COMPARE_WINDOW = 256 * 1024 * 1024
 """After how many compared bytes a batch is closed, even when it isn't full (or is empty, to report progress)."""
 FIRST_WINDOW = 16 * 1024 * 1024
-"""After how many compared bytes the first batch is closed if somebody waits for it. Each one takes a quarter more than the
-one before, so that it's found about when that one has been moved, if a slow wire and a slow hash method take equally
-long."""
+"""After how many compared bytes the first batch is closed if somebody waits for it. Each one takes a quarter more than
+the one before, so that it's found about when that one has been moved, if a slow wire and a slow hash method take
+equally long."""
 LOOK_WINDOW = 4 * 1024 * 1024
 """After how many more bytes we look whether somebody has begun to wait."""
 
@@ -135,8 +135,8 @@ def make_batches(
     """
     Make work of blocks: join neighbours to extents and put several extents together.
 
-    A block isn't cut, so a batch is larger than :data:`BATCH_SIZE` when a single block is. A batch is smaller when
-    somebody waits for it: a slow wire has something to do all the time, and a long one carries as much as it can at once.
+    A block isn't cut, so a batch is larger than :data:`BATCH_SIZE` when a single block is. It's smaller when somebody
+    waits for it: a slow wire has something to do all the time, and a long one carries as much as it can at once.
 
     :param blocks: The blocks that were compared, in order.
     :param max_extents: How many extents one request can carry.

@@ -77,9 +77,7 @@ def resize_file(filename: str, size: int, namespace: Namespace = MACHINE, device
         file.resize(size)
 
 
-def claim_file(
-    filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True
-) -> tuple[bool, FileInfo]:
+def claim_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> tuple[bool, FileInfo]:
     """Let one run write to a file, and no earlier one any more (see :meth:`.Replica.claim`)."""
     with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
         return file.claim(run), file.info()
