@@ -27,6 +27,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 
 import xxhash
 
@@ -105,7 +106,9 @@ def find_blocks(plan: Plan) -> Iterator[Block]:
     source = _digests(plan, plan.source, plan.size)
     target = _digests(plan, plan.target, plan.target_size if plan.delta else 0)
     with closing(source), closing(target):
-        yield from compare(source, target, plan.size, plan.block_size)
+        # The threads that hash a local target begin now, and not when the server of the source has answered.
+        first = list(islice(target, 0 if plan.target.hostname else 1))
+        yield from compare(source, chain(first, target), plan.size, plan.block_size)
 
 
 def _digests(plan: Plan, address: Address, size: int) -> Generator[str, None, None]:

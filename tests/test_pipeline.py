@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -97,6 +98,27 @@ def test_blocks_are_compared(plan):
         (offset, min(BLOCK, SIZE - offset)) for offset in range(0, SIZE, BLOCK)
     ]
     assert [block.offset // BLOCK for block in blocks if block.changed] == [1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("remote", "order"),
+    [((), ["target", "source"]), (("source",), ["target", "source"]),
+     (("target",), ["source", "target"]), (("source", "target"), ["source", "target"])],
+)  # fmt: skip
+def test_no_server_is_waited_for_before_local_work_begins(plan, monkeypatch, remote, order):
+    """A local side is asked for its first digest before a remote one is: its threads go on from there."""
+    asked = []
+
+    class Recorder(LocalReplica):
+        def hashes(self, *arguments):
+            asked.append(os.path.basename(self.filename))
+            yield from super().hashes(*arguments)
+
+    monkeypatch.setattr(pipeline, "open_replica", lambda address, network: Recorder(address.filename))
+    for side in remote:
+        plan = replace(plan, **{side: getattr(plan, side)._replace(hostname="db1")})
+    assert [block.offset // BLOCK for block in find_blocks(plan) if block.changed] == [1, 2, 5]
+    assert asked == order
 
 
 def test_whole_file_is_not_compared(plan, tmp_path):
