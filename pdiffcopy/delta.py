@@ -13,7 +13,7 @@ The offset of a block is a multiple of the block size; only the last block of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import NamedTuple
@@ -152,6 +152,21 @@ def make_batches(
             yield batch.close()
     if batch.blocks_compared:
         yield batch.close()
+
+
+def halve(extents: Sequence[Extent]) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+    """
+    Cut extents into two parts, one of which has as many bytes as the other one (or one more).
+
+    :param extents: One extent or several ones, two bytes at least.
+    """
+    room = sum(extent.size for extent in extents) // 2
+    for index, (offset, size) in enumerate(extents):  # noqa: B007
+        if size >= room:
+            break
+        room -= size
+    rest = (Extent(offset + room, size - room),) if size > room else ()
+    return (*extents[:index], Extent(offset, room)), (*rest, *extents[index + 1 :])
 
 
 class _Accumulator:

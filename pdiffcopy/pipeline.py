@@ -26,21 +26,22 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 
 import xxhash
 
 from pdiffcopy.address import Address
-from pdiffcopy.delta import Batch, Block, block_length, compare, make_batches
-from pdiffcopy.exceptions import DigestMismatchError, VerificationError
+from pdiffcopy.delta import Batch, Block, block_length, compare, halve, make_batches
+from pdiffcopy.exceptions import DigestMismatchError, TransientError, VerificationError
 from pdiffcopy.hashing import get_hasher
 from pdiffcopy.locations import Network, Reading, open_replica
 from pdiffcopy.protocol import MAX_EXTENTS
 from pdiffcopy.retry import Patience
 
 VERIFY_ATTEMPTS = 3
-"""How often a batch is transferred before a difference is believed to be there to stay."""
+"""How often something is transferred before a difference is believed to be there to stay."""
+SMALLEST_BATCH = 1024 * 1024
+"""How many bytes are transferred as a whole, however often that fails."""
 
 logger = logging.getLogger(__name__)
 
@@ -137,20 +138,38 @@ def transfer_batch(plan: Plan, batch: Batch) -> Result:
     )
 
 
-def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
-    """Transfer a batch, and tell how many times a difference was found afterwards."""
-    for mismatches in range(VERIFY_ATTEMPTS):
+def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience, earlier: int = 0) -> int:
+    """
+    Transfer a batch, and tell how many times a difference was found afterwards.
+
+    What fails is repeated in halves, so that something gets done where no connection lasts for long.
+
+    :param earlier: How many times a difference was found in that which the batch is a half of.
+    """
+    mismatches = 0
+    while True:
         try:
-            patience.persist(partial(_transfer, plan, batch))
+            _transfer(plan, batch)
+            patience.succeeded()
             return mismatches
+        except TransientError as e:
+            patience.failed(e)
         except DigestMismatchError as e:
-            logger.warning("%s (attempt %i of %i)", e, mismatches + 1, VERIFY_ATTEMPTS)
-            # The digests that were compared may be to blame: now the source reads again what it sends.
-            plan = replace(plan, blockwise=False)
-    text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
-    raise VerificationError(
-        text, target=str(plan.target), offset=batch.extents[0].offset, attempts=VERIFY_ATTEMPTS
-    )  # fmt: skip
+            mismatches += 1
+            logger.warning("%s (attempt %i of %i)", e, earlier + mismatches, VERIFY_ATTEMPTS)
+            if earlier + mismatches == VERIFY_ATTEMPTS:
+                text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
+                offset = batch.extents[0].offset
+                raise VerificationError(
+                    text, target=str(plan.target), offset=offset, attempts=VERIFY_ATTEMPTS
+                ) from None
+        # The digests that were compared may be to blame, and don't tell of halves: now the source reads what it sends.
+        plan = replace(plan, blockwise=False)
+        if batch.size > SMALLEST_BATCH and not plan.by_hashes:
+            halves = [Batch(extents) for extents in halve(batch.extents)]
+            return mismatches + sum(
+                _transfer_until_equal(plan, half, patience, earlier + mismatches) for half in halves
+            )
 
 
 def _transfer(plan: Plan, batch: Batch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdiffcopy import delta
-from pdiffcopy.delta import Block, block_length, compare, count_blocks, in_order, make_batches
+from pdiffcopy.delta import Block, block_length, compare, count_blocks, halve, in_order, make_batches
 from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.protocol import BlockDigest, Extent
@@ -269,6 +269,22 @@ def test_batches_carry_exactly_what_changed(changes, block_size, short, max_exte
     assert sum(batch.blocks_compared for batch in batches) == len(blocks)
     assert sum(batch.blocks_changed for batch in batches) == len(changed)
     assert sum(batch.bytes_compared for batch in batches) == sum(block.size for block in blocks)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 1))
+def test_halves_are_the_whole(sizes):
+    """Both have the same size, none has an empty extent or more extents than there were, and no octet is lost."""
+    extents = [Extent(100 * index, size) for index, size in enumerate(sizes)]
+    halves = halve(extents)
+    left, right = (sum(extent.size for extent in half) for half in halves)
+    assert (left, right) == (sum(sizes) // 2, -(-sum(sizes) // 2))
+    assert all(extent.size > 0 for half in halves for extent in half)
+    assert max(map(len, halves)) <= len(extents)
+
+    def octets(extents):
+        return [n for offset, size in extents for n in range(offset, offset + size)]
+
+    assert octets(halves[0]) + octets(halves[1]) == octets(extents)
 
 
 @pytest.mark.parametrize("changed", [True, False])

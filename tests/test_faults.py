@@ -32,6 +32,7 @@ from tests.support import (
 
 BLOCK = 65536
 SIZE = 16 * BLOCK
+MEBIBYTE = 1024 * 1024
 DIRECTIONS = ("upload", "download")
 RUN_VARIABLE = "PDIFFCOPY_TEST_RUN"
 
@@ -155,6 +156,23 @@ def test_broken_connections_are_survived(server, tmp_path, direction, side, plac
     assert pair.is_equal()
     assert len(hits) == len(endpoints)
     assert result.stderr.count("trying again") >= len(endpoints)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_connections_that_never_last_get_it_done(server, tmp_path, direction, method):
+    """What breaks off is repeated in halves, until they are small enough for this network."""
+    pair = Pair(tmp_path, direction, server.port)
+    pair.source.write_bytes(make_data(4 * MEBIBYTE + 10))
+    pair.target.write_bytes(bytes(4 * MEBIBYTE))
+    message = "request POST+/blocks" if direction == "upload" else "response GET+/blocks"
+    with RelayProcess(server.port, f"{message} {3 * MEBIBYTE // 2} reset 100") as relay:
+        result = pair.via(relay.port).run("--retries", "2", "-m", method)
+        hits = relay.stop()
+    assert result.returncode == 0, result.stderr
+    assert pair.is_equal()
+    # The whole and its halves: quarters get through.
+    assert len(hits) == 3
 
 
 @pytest.mark.parametrize("place", [20, 60, 100, 140, 180])

@@ -196,8 +196,14 @@ def test_results_add_up():
     assert Result(1, 2, 3, 4, 5, 6) + Result(10, 20, 30, 40, 50, 60) == Result(11, 22, 33, 44, 55, 66)
 
 
+@pytest.fixture(params=[pipeline.SMALLEST_BATCH, BLOCK])
+def smallest(request, monkeypatch):
+    """What fails is repeated as a whole, or in halves."""
+    monkeypatch.setattr(pipeline, "SMALLEST_BATCH", request.param)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_arrives_wrong_is_transferred_again(plan, source, kind):
+def test_what_arrives_wrong_is_transferred_again(plan, source, smallest, kind):
     """A flipped octet is noticed by the digest, or by the block hashes, and doesn't end the run."""
     plan = replace(plan, **kind)
     (batch,) = generate_batches(plan)
@@ -207,7 +213,7 @@ def test_what_arrives_wrong_is_transferred_again(plan, source, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_keeps_arriving_wrong_ends_the_run(plan, source, kind):
+def test_what_keeps_arriving_wrong_ends_the_run(plan, source, smallest, kind):
     """After a few attempts it's an error of its own kind, which names the place."""
     plan = replace(plan, **kind)
     (batch,) = generate_batches(plan)
@@ -274,7 +280,27 @@ def test_by_hashes_the_target_is_still_checked(plan, monkeypatch):
     assert digest == xxhash.xxh3_128_hexdigest(octets)
 
 
-def test_transient_failures_are_survived(plan, source):
+@pytest.mark.parametrize("kind", [{}, {"method": "xxh128", "blockwise": True}])
+def test_what_breaks_off_is_repeated_in_halves(plan, source, monkeypatch, kind):
+    """Something gets done where nothing lasts for long: failures in a row are counted from the last success on."""
+    monkeypatch.setattr(pipeline, "SMALLEST_BATCH", BLOCK)
+    plan = replace(plan, **kind)
+    (batch,) = generate_batches(plan)
+    original, sizes = source.read, []
+
+    def read_little(extents, state_digest):
+        sizes.append(sum(extent.size for extent in extents))
+        if sizes[-1] > BLOCK:
+            raise TransientError("too much at once")
+        return original(extents, state_digest)
+
+    monkeypatch.setattr(source, "read", read_little)
+    assert transfer_batch(plan, batch) == Result(6, 3, SIZE, 2 * BLOCK + 10, 2 * BLOCK + 10, 3)
+    assert sizes == [2010, 1005, 502, 503, 1005, 502, 503]
+    assert read(plan.target) == read(plan.source)
+
+
+def test_transient_failures_are_survived(plan, source, smallest):
     """Up to as many in a row as the user allows."""
     (batch,) = generate_batches(plan)
     source.errors = [TransientError("no"), TransientError("no")]
@@ -282,7 +308,7 @@ def test_transient_failures_are_survived(plan, source):
     assert read(plan.target) == read(plan.source)
 
 
-def test_too_many_failures_end_the_run(plan, source):
+def test_too_many_failures_end_the_run(plan, source, smallest):
     """The last one is what the user gets to see."""
     (batch,) = generate_batches(plan)
     source.errors = [TransientError("first"), TransientError("second"), TransientError("third")]
