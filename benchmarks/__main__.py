@@ -182,6 +182,8 @@ def describe_machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "sha_instructions": bool(re.search(r"\b(sha_ni|sha1)\b", cpu_info)),
         "linux": ".".join(platform.release().split(".")[:2]),
+        # BBR paces what is sent, also over loopback: that costs rsync time there, and pdiffcopy does without.
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "python": platform.python_version(),
         "rsync": get_rsync_version(),
     }

@@ -7,7 +7,7 @@ method for what was moved, or empty). One after the other, each on all cores:
 
 1. both files are read and hashed in blocks of 1 MiB (the digests aren't compared with anything),
 2. the extents are moved by ``sendfile``, ``recv_into`` and ``pwrite`` over as many connections on loopback as there
-   are cores,
+   are cores (unpaced ones, whatever the congestion control of the system is),
 3. the extents are read from the target and hashed once more.
 
 How long each step took is printed as JSON. Whoever measures the whole process can so subtract what isn't part of
@@ -32,6 +32,7 @@ BLOCK_SIZE = 1024 * 1024
 PIECE_SIZE = 4 * 1024 * 1024
 """How much a process takes on at a time."""
 CORES = len(os.sched_getaffinity(0))
+UNPACED = (socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 def main() -> None:
@@ -115,9 +116,12 @@ def _move(source: int, target: int, pieces: list[tuple[int, int]]) -> None:
     """Copy pieces from one file to the other over loopback."""
     children = []
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(*UNPACED)
     for number in range(min(CORES, len(pieces))):
         share = pieces[number::CORES]
-        sender = socket.create_connection(listener.getsockname())
+        sender = socket.socket()
+        sender.setsockopt(*UNPACED)
+        sender.connect(listener.getsockname())
         receiver, _ = listener.accept()
         children.append(_fork(partial(_send, sender, source, share)))
         children.append(_fork(partial(_receive, receiver, target, share)))
