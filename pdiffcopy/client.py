@@ -265,7 +265,7 @@ class Client(PropertyManager):
     def _scan(self, plan: Plan) -> Result:
         """A dry run: compare, but move nothing."""
         with make_reporter(plan.size, plan.activity) as reporter:
-            return _collect(map(Result.of_comparison, generate_batches(plan)), reporter)
+            return _collect(map(Result.of_comparison, generate_batches(plan, lambda: True)), reporter)
 
     def _update(self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[..., Iterable[Batch]]) -> Result:
         """Bring the target into line: grow it, change it, cut it, and look whether all is as it should be."""

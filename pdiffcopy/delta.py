@@ -175,7 +175,7 @@ class _Accumulator:
     def __init__(self, max_extents: int, keep_digests: bool):
         self.max_extents = max_extents
         self.keep_digests = keep_digests
-        self.max_size = BATCH_SIZE if max_extents > 1 else HELD_BATCH_SIZE
+        self.max_size = BATCH_SIZE if max_extents > 1 and not keep_digests else HELD_BATCH_SIZE
         self.window = FIRST_WINDOW
         self.clear()
 

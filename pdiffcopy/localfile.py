@@ -268,12 +268,13 @@ class LocalFile:
 
         :returns: :data:`False` for a device, and where a file system has no such attributes.
         """
+        try:
+            os.setxattr(self.fd, RUN_ATTRIBUTE, run.encode("ascii"))
+        except OSError:
+            return False
+        # The earlier run has lost its claim by now. Many writers of it, taking turns, would never leave the lock alone.
         with self._locked(fcntl.LOCK_EX):
-            try:
-                os.setxattr(self.fd, RUN_ATTRIBUTE, run.encode("ascii"))
-                return True
-            except OSError:
-                return False
+            return True
 
     def release(self, run: str) -> None:
         """End a claim (that it has been ended before is no error, so that a request may be repeated)."""

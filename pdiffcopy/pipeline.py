@@ -38,10 +38,10 @@ from pdiffcopy.locations import Network, Reading, open_replica
 from pdiffcopy.protocol import MAX_EXTENTS
 from pdiffcopy.retry import Patience
 
-VERIFY_ATTEMPTS = 3
-"""How often something is transferred before a difference is believed to be there to stay."""
 SMALLEST_BATCH = 1024 * 1024
 """How many bytes are transferred as a whole, however often that fails."""
+VERIFY_ATTEMPTS = 3
+"""How often that is done before a difference is believed to be there to stay."""
 
 logger = logging.getLogger(__name__)
 
@@ -138,13 +138,12 @@ def transfer_batch(plan: Plan, batch: Batch) -> Result:
     )
 
 
-def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience, earlier: int = 0) -> int:
+def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
     """
     Transfer a batch, and tell how many times a difference was found afterwards.
 
-    What fails is repeated in halves, so that something gets done where no connection lasts for long.
-
-    :param earlier: How many times a difference was found in that which the batch is a half of.
+    What fails is repeated in halves, each with attempts of its own, so that something gets done where no connection
+    lasts for long, and where one octet in many arrives wrong.
     """
     mismatches = 0
     while True:
@@ -156,20 +155,16 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience, earlier:
             patience.failed(e)
         except DigestMismatchError as e:
             mismatches += 1
-            logger.warning("%s (attempt %i of %i)", e, earlier + mismatches, VERIFY_ATTEMPTS)
-            if earlier + mismatches == VERIFY_ATTEMPTS:
+            if mismatches == VERIFY_ATTEMPTS:
                 text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
                 offset = batch.extents[0].offset
-                raise VerificationError(
-                    text, target=str(plan.target), offset=offset, attempts=VERIFY_ATTEMPTS
-                ) from None
+                raise VerificationError(text, target=str(plan.target), offset=offset, attempts=mismatches) from e
+            logger.warning("%s (trying again)", e)
         # The digests that were compared may be to blame, and don't tell of halves: now the source reads what it sends.
         plan = replace(plan, blockwise=False)
         if batch.size > SMALLEST_BATCH and not plan.by_hashes:
             halves = [Batch(extents) for extents in halve(batch.extents)]
-            return mismatches + sum(
-                _transfer_until_equal(plan, half, patience, earlier + mismatches) for half in halves
-            )
+            return mismatches + sum(_transfer_until_equal(plan, half, patience) for half in halves)
 
 
 def _transfer(plan: Plan, batch: Batch) -> None:

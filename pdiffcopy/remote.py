@@ -4,8 +4,8 @@ How is a file behind a server read and written?
 This is the edge where requests ends: whatever it raises leaves here as a :exc:`.ProgramError`, and whatever a server
 says is checked before it's believed.
 
-Every request is idempotent. Requests without a body to speak of are repeated here; a transfer is repeated as a whole
-by :mod:`.pipeline`, since the octets have to come from the other replica again. A stream of hashes that breaks off
+Every request is idempotent. Requests without a body to speak of are repeated here; a transfer is repeated by
+:mod:`.pipeline`, since the octets have to come from the other replica again. A stream of hashes that breaks off
 goes on where it was.
 """
 

@@ -257,7 +257,8 @@ def test_batches_carry_exactly_what_changed(changes, block_size, short, max_exte
 
     for batch in batches:
         assert len(batch.extents) <= max_extents
-        assert batch.size <= max(delta.BATCH_SIZE if max_extents > 1 else delta.HELD_BATCH_SIZE, block_size)
+        limit = delta.BATCH_SIZE if max_extents > 1 and not keep else delta.HELD_BATCH_SIZE
+        assert batch.size <= max(limit, block_size)
         assert batch.bytes_compared < delta.COMPARE_WINDOW + block_size
         # Neighbours are joined within a batch.
         assert all(sum(left) < right.offset for left, right in pairwise(batch.extents))

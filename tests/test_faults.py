@@ -158,15 +158,16 @@ def test_broken_connections_are_survived(server, tmp_path, direction, side, plac
     assert result.stderr.count("trying again") >= len(endpoints)
 
 
+@pytest.mark.parametrize("action", ["reset", "corrupt"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_connections_that_never_last_get_it_done(server, tmp_path, direction, method):
-    """What breaks off is repeated in halves, until they are small enough for this network."""
+def test_networks_that_fail_with_much_get_it_done_with_little(server, tmp_path, direction, method, action):
+    """What breaks off, or arrives wrong, is repeated in halves, until they are small enough for this network."""
     pair = Pair(tmp_path, direction, server.port)
     pair.source.write_bytes(make_data(4 * MEBIBYTE + 10))
     pair.target.write_bytes(bytes(4 * MEBIBYTE))
     message = "request POST+/blocks" if direction == "upload" else "response GET+/blocks"
-    with RelayProcess(server.port, f"{message} {3 * MEBIBYTE // 2} reset 100") as relay:
+    with RelayProcess(server.port, f"{message} {3 * MEBIBYTE // 2} {action} 100") as relay:
         result = pair.via(relay.port).run("--retries", "2", "-m", method)
         hits = relay.stop()
     assert result.returncode == 0, result.stderr

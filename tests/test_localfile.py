@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import xxhash
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdiffcopy import localfile
+from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, TakenOverError
 from pdiffcopy.localfile import CHUNK_SIZE, RUN_ATTRIBUTE, LocalFile
 from pdiffcopy.protocol import Extent
@@ -141,6 +142,32 @@ def test_octets_in_a_pipe_are_written(tmp_path):
                 file.write([Extent(0, 5)], [Piped(source, 5)], digest_of(data[:5]))
     sent = data[:5] + data[:35]
     expected = data[35:40] + before[5:10] + sent[:20] + before[30:50] + sent[20:] + before[70:]
+    assert (tmp_path / "file").read_bytes() == expected
+
+
+@pytest.mark.parametrize("block_size", [0, 100_000])
+@pytest.mark.parametrize("kind", ["in a pipe", "in memory"])
+def test_large_chunks_are_written_and_compared(tmp_path, kind, block_size):
+    """They are cut where that's best for the cache, which changes nothing else."""
+    before, data = write_pattern(tmp_path / "file", 900_000), make_data(3 * CHUNK_SIZE + 5, seed=3)
+    digests = [digest_of(data[i : i + block_size]) for i in range(0, len(data), block_size)] if block_size else []
+    digest = digest_blockwise(digests) if block_size else digest_of(data)
+    source, sink = os.pipe()
+    fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, 1024 * 1024)
+    with open(source, "rb", buffering=0), open(sink, "wb", buffering=0) as pipe:
+        with LocalFile(str(tmp_path / "file"), write=True) as file:
+            for stated in (digest, digest_of(b"")):
+                chunk = data
+                if kind == "in a pipe":
+                    assert pipe.write(data) == len(data)
+                    chunk = Piped(source, len(data))
+                with nullcontext() if stated == digest else pytest.raises(DigestMismatchError):
+                    file.write([Extent(10, 2 * CHUNK_SIZE), Extent(700_000, CHUNK_SIZE + 5)], [chunk], stated, "",
+                               block_size)  # fmt: skip
+    first, second = data[: 2 * CHUNK_SIZE], data[2 * CHUNK_SIZE :]
+    expected = bytearray(before.ljust(700_000 + len(second), b"\0"))
+    expected[10 : 10 + len(first)] = first
+    expected[700_000 : 700_000 + len(second)] = second
     assert (tmp_path / "file").read_bytes() == expected
 
 

@@ -366,6 +366,36 @@ def test_pool_sets_the_log_level(threaded):
             thread.__exit__()
 
 
+def watch_queue(is_empty, gate):
+    yield is_empty()
+    yield "waits in the queue"
+    wait_for(lambda: not is_empty(), what="the queue to fill up")
+    gate.touch()
+    wait_for(is_empty, what="the queue to be emptied")
+    yield "taken"
+
+
+def wait_at_gate(gate, value):
+    wait_for(gate.exists, what="the generator")
+    return value
+
+
+@pytest.mark.parametrize("threaded", [False, True], ids=["forked", "spawned"])
+def test_generator_can_tell_whether_all_was_taken(tmp_path, threaded):
+    """The queue says so in the process of the generator, too."""
+    thread = busy_thread()
+    if threaded:
+        thread.__enter__()
+    try:
+        gate = tmp_path / "gate"
+        pool = make_pool(list, partial(wait_at_gate, gate), 1)
+        pool.generator_fn = partial(watch_queue, pool.input_queue.empty, gate)
+        assert list(pool) == [True, "waits in the queue", "taken"]
+    finally:
+        if threaded:
+            thread.__exit__()
+
+
 def test_generator_waits_for_the_reader(tmp_path):
     """The generator of an endless stream doesn't run ahead farther than the queues reach."""
     concurrency = 2

@@ -217,9 +217,19 @@ def test_what_keeps_arriving_wrong_ends_the_run(plan, source, smallest, kind):
     """After a few attempts it's an error of its own kind, which names the place."""
     plan = replace(plan, **kind)
     (batch,) = generate_batches(plan)
-    source.flips = VERIFY_ATTEMPTS
-    with pytest.raises(VerificationError, match=f"offset {BLOCK}"):
+    source.flips = 100
+    with pytest.raises(VerificationError, match=f"offset {BLOCK} .* arrived wrong {VERIFY_ATTEMPTS} times"):
         transfer_batch(plan, batch)
+
+
+def test_halves_have_attempts_of_their_own(plan, source, monkeypatch):
+    """That its neighbours arrived wrong doesn't count against what is repeated with them."""
+    monkeypatch.setattr(pipeline, "SMALLEST_BATCH", BLOCK)
+    (batch,) = generate_batches(plan)
+    # The whole, its first half, and the first half of that as often as it may.
+    source.flips = mismatches = 2 + VERIFY_ATTEMPTS - 1
+    assert transfer_batch(plan, batch).retries == mismatches
+    assert read(plan.target) == read(plan.source)
 
 
 def test_without_verification_wrong_octets_go_unnoticed(plan, source):
