@@ -66,6 +66,12 @@ class Pair:
         self.port = port
         return self
 
+    def enlarge(self) -> Pair:
+        """The same pair with 4 MiB, all of which differs: what fails is repeated in halves."""
+        self.source.write_bytes(make_data(4 * MEBIBYTE + 10))
+        self.target.write_bytes(bytes(4 * MEBIBYTE))
+        return self
+
     def is_equal(self) -> bool:
         return self.source.read_bytes() == self.target.read_bytes()
 
@@ -163,9 +169,7 @@ def test_broken_connections_are_survived(server, tmp_path, direction, side, plac
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_networks_that_fail_with_much_get_it_done_with_little(server, tmp_path, direction, method, action):
     """What breaks off, or arrives wrong, is repeated in halves, until they are small enough for this network."""
-    pair = Pair(tmp_path, direction, server.port)
-    pair.source.write_bytes(make_data(4 * MEBIBYTE + 10))
-    pair.target.write_bytes(bytes(4 * MEBIBYTE))
+    pair = Pair(tmp_path, direction, server.port).enlarge()
     message = "request POST+/blocks" if direction == "upload" else "response GET+/blocks"
     with RelayProcess(server.port, f"{message} {3 * MEBIBYTE // 2} {action} 100") as relay:
         result = pair.via(relay.port).run("--retries", "2", "-m", method)

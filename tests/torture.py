@@ -60,6 +60,8 @@ def break_the_network(pair: Pair, server: Server, seed: int) -> None:
     """A run through a relay that does one to three kinds of harm."""
     chance = random.Random(seed)
     faults = [choose_fault(chance, pair.direction) for _ in range(chance.randint(1, 3))]
+    if chance.random() < 0.5:
+        pair.enlarge()
     with RelayProcess(server.port, *faults) as relay:
         result = pair.via(relay.port).run("--timeout", "1", "--retries", "5", "-m", chance.choice(METHODS))
     assert result.returncode or pair.is_equal(), (faults, result.stderr)
