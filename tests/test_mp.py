@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -352,18 +353,14 @@ def test_pool_sets_the_log_level(threaded):
     """The children log what the parent logs, or what the pool was told."""
     root = logging.getLogger()
     before = root.level
-    thread = busy_thread()
-    if threaded:
-        thread.__enter__()
-    try:
-        root.setLevel(17)
-        assert list(make_pool(partial(range, 1), get_log_level)) == [17]
-        assert list(make_pool(partial(range, 1), get_log_level, log_level=23)) == [23]
-        assert root.level == 17
-    finally:
-        root.setLevel(before)
-        if threaded:
-            thread.__exit__()
+    with busy_thread() if threaded else nullcontext():
+        try:
+            root.setLevel(17)
+            assert list(make_pool(partial(range, 1), get_log_level)) == [17]
+            assert list(make_pool(partial(range, 1), get_log_level, log_level=23)) == [23]
+            assert root.level == 17
+        finally:
+            root.setLevel(before)
 
 
 def watch_queue(is_empty, gate):
@@ -383,17 +380,11 @@ def wait_at_gate(gate, value):
 @pytest.mark.parametrize("threaded", [False, True], ids=["forked", "spawned"])
 def test_generator_can_tell_whether_all_was_taken(tmp_path, threaded):
     """The queue says so in the process of the generator, too."""
-    thread = busy_thread()
-    if threaded:
-        thread.__enter__()
-    try:
+    with busy_thread() if threaded else nullcontext():
         gate = tmp_path / "gate"
         pool = make_pool(list, partial(wait_at_gate, gate), 1)
         pool.generator_fn = partial(watch_queue, pool.input_queue.empty, gate)
         assert list(pool) == [True, "waits in the queue", "taken"]
-    finally:
-        if threaded:
-            thread.__exit__()
 
 
 def test_generator_waits_for_the_reader(tmp_path):
@@ -433,16 +424,10 @@ def test_generator_error_reaches_the_caller(items):
 @pytest.mark.parametrize("threaded", [False, True], ids=["forked", "spawned"])
 def test_worker_error_reaches_the_caller(function, threaded):
     """The first failure of a worker ends the iteration, although the stream of items never ends."""
-    thread = busy_thread()
-    if threaded:
-        thread.__enter__()
-    try:
+    with busy_thread() if threaded else nullcontext():
         with make_pool(count, function) as pool, pytest.raises(ValueError) as info:
             list(pool)
         assert f"in {function.__name__}" in str(info.value.__cause__)
-    finally:
-        if threaded:
-            thread.__exit__()
 
 
 def test_generator_error_does_not_wait_for_workers():
