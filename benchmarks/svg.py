@@ -113,7 +113,7 @@ def draw(title: str, lines: Sequence[Line]) -> str:
                       for index, value in enumerate(line.seconds)]  # fmt: skip
     positions = spread([get_y(line.seconds[-1]) for line in lines])
     for line, y in zip(lines, positions, strict=True):
-        value = f'<tspan class="value">&#160;{line.seconds[-1]:.2f} s</tspan>'
+        value = f'<tspan class="value" dx="6">{line.seconds[-1]:.2f} s</tspan>'
         parts.append(f'<text class="f{line.color}" x="{RIGHT + 12}" y="{y + 4:.1f}">{escape(line.name)}{value}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
