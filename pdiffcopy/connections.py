@@ -42,8 +42,9 @@ def open_session(host: str, token: str = "", ca_file: str = "") -> Session:
     if ca_file:
         check_authority(ca_file)
         session.verify = ca_file
+    adapter = _Adapter(host)
     for scheme in _POOLS:
-        session.mount(f"{scheme}://", _Adapter(host))
+        session.mount(f"{scheme}://", adapter)
     return session
 
 
