@@ -268,13 +268,19 @@ class LocalFile:
 
         :returns: :data:`False` for a device, and where a file system has no such attributes.
         """
+        # First without the lock, which many writers of an earlier run, taking turns, would never leave alone: that ends
+        # them. Then with it, since that run may have come to its end, and taken our name for its own.
+        if not self._set_claim(run):
+            return False
+        with self._locked(fcntl.LOCK_EX):
+            return self._set_claim(run)
+
+    def _set_claim(self, run: str) -> bool:
         try:
             os.setxattr(self.fd, RUN_ATTRIBUTE, run.encode("ascii"))
+            return True
         except OSError:
             return False
-        # The earlier run has lost its claim by now. Many writers of it, taking turns, would never leave the lock alone.
-        with self._locked(fcntl.LOCK_EX):
-            return True
 
     def release(self, run: str) -> None:
         """End a claim (that it has been ended before is no error, so that a request may be repeated)."""

@@ -252,6 +252,21 @@ def test_claim_can_be_repeated(target):
     target.release("aa")
 
 
+def test_end_of_an_earlier_run_does_not_end_the_claim(target, monkeypatch):
+    """It may remove what it has just found to be its own, when the later run has written its name there meanwhile."""
+    assert target.claim("aa")
+    original = target._try_lock
+
+    def try_lock(kind):
+        if kind == fcntl.LOCK_EX:
+            os.removexattr(target.fd, RUN_ATTRIBUTE)
+        return original(kind)
+
+    monkeypatch.setattr(target, "_try_lock", try_lock)
+    assert target.claim("bb")
+    write(target, "bb")
+
+
 def test_who_has_no_name_is_not_hindered(target):
     """A client of version 1.0.1 writes as ever, also when a run was killed and left its claim behind."""
     assert target.claim("dead")
