@@ -26,9 +26,9 @@ from pdiffcopy.exceptions import (
     UsageError,
 )
 from pdiffcopy.hashing import get_hasher
-from pdiffcopy.locations import Location, Network, open_replica
+from pdiffcopy.locations import Location, Network, Replica, open_replica
 from pdiffcopy.mp import WorkerPool
-from pdiffcopy.pipeline import Plan, Result, find_blocks, generate_batches, transfer_batch
+from pdiffcopy.pipeline import Plan, Result, find_blocks, generate_batches, open_target, transfer_batch
 from pdiffcopy.progress import Reporter, make_reporter
 from pdiffcopy.protocol import (
     FEATURE_BLOCKWISE,
@@ -143,10 +143,14 @@ class Client(PropertyManager):
         """
         started = time.monotonic()
         source, target, plan = self._prepare()
-        batches = partial(generate_batches, plan)
-        result = self._scan(plan) if self.dry_run else self._update(source, target, plan, batches)
-        report = Report(plan, result, self.dry_run, self.verify, time.monotonic() - started)
-        logger.log(logging.WARNING if report.verification == "unverified" else logging.INFO, "%s", report)
+        if self.dry_run:
+            with self._watching_source(source, plan):
+                result, claimed = self._scan(plan), False
+        else:
+            result, claimed = self._update(source, target, plan, generate_batches)
+        elapsed = time.monotonic() - started
+        report = Report(plan, result, self.dry_run, self.verify, elapsed, source.tells_time, claimed)
+        logger.log(logging.WARNING if report.reservations else logging.INFO, "%s", report)
         return report
 
     def find_changes(self) -> list[int]:
@@ -155,9 +159,10 @@ class Client(PropertyManager):
 
         :returns: A list of integers with the offsets of the blocks that differ. Nothing is written.
         """
-        _, target, plan = self._prepare()
+        source, target, plan = self._prepare()
         plan = replace(plan, target_size=min(plan.size, target.size))
-        return [block.offset for block in find_blocks(plan) if block.changed]
+        with self._watching_source(source, plan):
+            return [block.offset for block in find_blocks(plan) if block.changed]
 
     def compute_transfer_size(self, offsets: Iterable[int]) -> int:
         """
@@ -178,7 +183,7 @@ class Client(PropertyManager):
         source, target, plan = self._prepare()
         # There are no block hashes here that could stand in for the digests which an old server doesn't state.
         plan = replace(plan, verify=plan.verify and not plan.by_hashes, by_hashes=False, blockwise=False)
-        self._update(source, target, plan, partial(_batches_of, plan, sorted(set(offsets))))
+        self._update(source, target, plan, partial(_batches_of, sorted(set(offsets))))
 
     def mutate_target(self, percentage: float) -> None:
         """Invalidate a percentage of the data in the target file."""
@@ -204,7 +209,7 @@ class Client(PropertyManager):
         (source, source_peer), (target, target_peer) = self._inspect()
         if not source.exists:
             raise FileMissingError("The source {label} doesn't exist", label=self.source.label)
-        if source.file_id == target.file_id and not self.source.hostname and not self.target.hostname:
+        if self.source.address == self.target.address or source.file_id == target.file_id != "":
             raise UsageError("The source and the target are the same file: {label}", label=self.source.label)
         self._check_peer(self.source, source_peer)
         self._check_peer(self.target, target_peer)
@@ -212,6 +217,8 @@ class Client(PropertyManager):
             raise ForbiddenError("The server of {label} is read-only", label=self.target.label)
         if self.fsync and FEATURE_SYNC not in target_peer.features:
             raise UsageError("The server of {label} is too old for --fsync", label=self.target.label)
+        # From then on each change of the source shows in its time. It comes before anything of it is read.
+        time.sleep(source.settles_ms / 1000)
         return source, target, self._make_plan(source, target, source_peer, target_peer)
 
     def _check_options(self) -> None:
@@ -247,6 +254,8 @@ class Client(PropertyManager):
         return Plan(
             source=self.source.address,
             target=self.target.address,
+            source_id=source.file_id,
+            target_id=target.file_id,
             network=self.network,
             size=source.size,
             # A target that is shorter is going to be grown first.
@@ -267,19 +276,24 @@ class Client(PropertyManager):
         with make_reporter(plan.size, plan.activity) as reporter:
             return _collect(map(Result.of_comparison, generate_batches(plan, lambda: True)), reporter)
 
-    def _update(self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[..., Iterable[Batch]]) -> Result:
-        """Bring the target into line: grow it, change it, cut it, and look whether all is as it should be."""
-        replica = open_replica(plan.target, self.network)
+    def _update(
+        self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[..., Iterable[Batch]]
+    ) -> tuple[Result, bool]:
+        """
+        Bring the target into line: grow it, change it, cut it, and look whether all is as it should be.
+
+        :returns: What was done, and whether the target was claimed.
+        """
         with self._watching_source(source, plan):
-            if not target.exists:
-                replica.resize(source.size)
             # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier one
             # may have resized the target until now.
-            claimed, target = replica.claim(plan.run)
-            plan = replace(plan, run=plan.run if claimed else "")
-            if target.size < source.size:
+            claimed, target = open_target(plan).claim(plan.run, create=not target.exists)
+            plan = replace(plan, target_id=target.file_id, run=plan.run if claimed else "")
+            replica = open_target(plan)
+            if target.size < source.size or not target.exists:
                 replica.resize(source.size, plan.run)
             work = partial(transfer_batch, plan)
+            find = partial(find, plan)
             pool = WorkerPool(concurrency=self.concurrency, generator_fn=find, worker_fn=work)
             pool.generator_fn = partial(find, is_awaited=pool.input_queue.empty)
             with pool, make_reporter(plan.size, plan.activity) as reporter:
@@ -287,28 +301,38 @@ class Client(PropertyManager):
             if target.size > source.size and target.resizable:
                 replica.resize(source.size, plan.run)
             if self.fsync:
-                replica.sync()
-            after = replica.release(plan.run) if claimed else replica.info()[0]
-            self._check_target(source, target, after)
-        return result
+                replica.sync(plan.run)
+            # This proves that nobody else has been there since the claim. To end the claim couldn't: that may be
+            # repeated, and then there is none, whoever has ended it.
+            self._check_target(source, target, replica.info(plan.run)[0])
+        if claimed:
+            self._release(replica, plan)
+        return result, claimed
+
+    def _release(self, replica: Replica, plan: Plan) -> None:
+        """End a claim. One that stays behind does no harm, so the run is a success whatever becomes of that."""
+        try:
+            replica.release(plan.run)
+        except ProgramError as e:
+            logger.warning("The claim on %s stays behind: %s", self.target.label, e)
 
     @contextmanager
     def _watching_source(self, before: FileInfo, plan: Plan) -> Iterator[None]:
         """A source that has changed forbids success, and explains any failure."""
-        text = "The source {label} changed while it was copied: run again, or copy a snapshot"
-        changed = SourceChangedError(text, label=self.source.label)
         try:
             yield
+        except SourceChangedError:
+            raise
         except ProgramError as e:
             try:
                 after = open_replica(plan.source, replace(self.network, retries=0)).info()[0]
             except ProgramError:
                 after = before  # can't tell, so it's the first failure that counts
-            if after != before:
-                raise changed from e
+            if change := before.describe_change(after):
+                raise SourceChangedError.of(self.source.label, change) from e
             raise
-        if open_replica(plan.source, self.network).info()[0] != before:
-            raise changed
+        if change := before.describe_change(open_replica(plan.source, self.network).info()[0]):
+            raise SourceChangedError.of(self.source.label, change)
 
     def _check_target(self, source: FileInfo, before: FileInfo, after: FileInfo) -> None:
         """Somebody may have removed, replaced or resized the file that we wrote to."""
@@ -338,7 +362,7 @@ def transfer_block_fn(offset: int, source: Location, target: Location, block_siz
     return offset
 
 
-def _batches_of(plan: Plan, offsets: list[int], is_awaited: Callable[[], bool]) -> Iterator[Batch]:
+def _batches_of(offsets: list[int], plan: Plan, is_awaited: Callable[[], bool]) -> Iterator[Batch]:
     blocks = (Block(o, block_length(o, plan.size, plan.block_size), changed=True, digest="") for o in offsets)
     return make_batches(blocks, plan.max_extents, is_awaited=is_awaited)
 

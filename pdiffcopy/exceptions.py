@@ -96,6 +96,12 @@ class DigestMismatchError(ProgramError):
     http_status = 409
 
 
+class ReplacedError(ProgramError):
+    """Raised when a name doesn't lead to the file any more that the run is about."""
+
+    http_status = 412
+
+
 class TakenOverError(ProgramError):
     """Raised when a later run has claimed the target: its data and ours would mix."""
 
@@ -122,6 +128,12 @@ class RangeError(ProgramError):
 
 class RemoteError(ProgramError):
     """Raised for an answer of a server that says no (:attr:`status` is its HTTP status)."""
+
+
+class ReportedError(ProgramError):
+    """Raised for a stream that ends with a problem (:attr:`status` is what its HTTP status would be)."""
+
+    status: int
 
 
 class ProtocolError(ProgramError):
@@ -206,6 +218,17 @@ class SourceChangedError(ProgramError):
     """Raised when the source changed while it was copied: run again, or copy a snapshot."""
 
     exit_code = 3
+
+    @classmethod
+    def of(cls, label: str, what: str) -> SourceChangedError:
+        """
+        Make an error.
+
+        :param label: How the source is called.
+        :param what: What has changed of it: ``identity``, ``size``, ``time`` or ``contents``.
+        """
+        text = "The source {label} changed while it was copied (its {what}): run again, or copy a snapshot"
+        return cls(text, label=label, what=what)
 
 
 class VerificationError(ProgramError):

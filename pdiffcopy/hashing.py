@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -30,6 +30,9 @@ STRIPE_SIZE = 16 * 1024 * 1024
 
 STRIPE_BLOCKS = 16384
 """How many blocks a stripe has at most: who asks for tiny blocks doesn't get to fill the memory with digests."""
+
+HEARTBEAT = 5.0
+"""After how many seconds somebody who waits for a slow disk gets a sign of life."""
 
 
 def compute_hashes(filename: str, block_size: int, method: str, concurrency: int) -> Iterator[tuple[int, str]]:
@@ -73,7 +76,8 @@ def hash_stripes(
     :param stop: Where the last block ends, whole or not.
     :param executor: Whose threads do the work.
     :param concurrency: How many of them to keep busy.
-    :returns: A generator of lists of neighbouring blocks, in order.
+    :returns: A generator of lists of neighbouring blocks, in order. It yields an empty list when that takes longer than
+              :data:`HEARTBEAT`.
     """
     if block_size < 1:
         raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
@@ -87,13 +91,21 @@ def hash_stripes(
             pending.append(executor.submit(_hash_stripe, file, start, end, block_size, new_hasher))
             start = end
             if len(pending) > 2 * concurrency:
-                yield pending.popleft().result()
+                yield from _await(pending[0])
+                pending.popleft()
         while pending:
-            yield pending.popleft().result()
+            yield from _await(pending[0])
+            pending.popleft()
     finally:
         # Nobody may close the file under the hands of a thread.
         for future in [future for future in pending if not future.cancel()]:
             future.exception()
+
+
+def _await(future: Future[list[BlockDigest]]) -> Iterator[list[BlockDigest]]:
+    while not wait([future], HEARTBEAT).done:
+        yield []
+    yield future.result()
 
 
 def _hash_stripe(
@@ -103,6 +115,7 @@ def _hash_stripe(
     run = max(CHUNK_SIZE // block_size, 1) * block_size
     extents = [Extent(offset, min(run, stop - offset)) for offset in range(start, stop, run)]
     digests, hasher, position = [], new_hasher(), start
+    file.prepare([Extent(start, stop - start)])
     for chunk in file.chunks(extents):
         for cut in range(0, len(chunk), block_size):
             piece = chunk[cut : cut + block_size]

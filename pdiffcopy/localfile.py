@@ -8,6 +8,7 @@ Whatever the operating system refuses is a :exc:`.FileError` that names the file
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -16,12 +17,21 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import xxhash
 
+from pdiffcopy import kernel
 from pdiffcopy.digests import get_verifier
-from pdiffcopy.exceptions import DigestMismatchError, FileError, FileForbiddenError, RangeError, TakenOverError
+from pdiffcopy.exceptions import (
+    DigestMismatchError,
+    FileError,
+    FileForbiddenError,
+    RangeError,
+    ReplacedError,
+    TakenOverError,
+)
 from pdiffcopy.protocol import Extent, FileInfo
 from pdiffcopy.splice import Chunk, Piped, spread, wait_for_room
 
@@ -33,6 +43,14 @@ LOCK_TIMEOUT = 20.0
 
 RUN_ATTRIBUTE = "user.pdiffcopy.run"
 """The extended attribute that tells which run may write to a file (xattr(7))."""
+UNFLUSHED = " unflushed"
+"""What follows the run from the beginning of a flush to its success: the page cache may have what the disk doesn't."""
+_NO_ATTRIBUTES = frozenset([errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
+"""How a file system without extended attributes refuses them, and how all of them do for a device."""
+
+SHORT_TICK, LONG_TICK = 20_000_000, 2_000_000_000
+"""How long two changes may bear the same time, in nanoseconds: the kernel's clock takes steps of up to 10 ms, and
+times without fractions belong to a file system that counts seconds (ext4 with small inodes) or pairs of them (FAT)."""
 
 _IDLE_BUFFERS = 16
 _idle_buffers: list[mmap.mmap] = []
@@ -78,7 +96,15 @@ class LocalFile:
 
     fd = -1
 
-    def __init__(self, filename: str, write: bool = False, namespace: Namespace = MACHINE, devices: bool = True):
+    def __init__(
+        self,
+        filename: str,
+        write: bool = False,
+        namespace: Namespace = MACHINE,
+        devices: bool = True,
+        file_id: str = "",
+        flush: bool = False,
+    ):
         """
         Open a file.
 
@@ -86,14 +112,22 @@ class LocalFile:
         :param write: Whether it's going to be written to (it can be read in any case).
         :param namespace: What the name means.
         :param devices: Whether a block device will do.
+        :param file_id: Which file it has to be (see :class:`.FileInfo`, by default any).
+        :param flush: Whether dirty pages are written back before they are read (see :func:`.kernel.write_back`).
+        :raises: :exc:`.ReplacedError` when it's another file, :exc:`.FileError` when the operating system refuses.
         """
         self.filename = filename
         self.devices = devices
+        self.flush = flush
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         with translating("open", filename):
             path = namespace.open(filename, os.O_PATH | os.O_CLOEXEC)
             try:
-                self._check_type(os.fstat(path))
+                status = os.fstat(path)
+                self._check_type(status)
+                # Before it's opened for writing, since an overlay makes another inode of it then.
+                if file_id and file_id != identify(status):
+                    raise ReplacedError("{filename} was replaced by another file, run again", filename=filename)
                 self.fd = os.open(f"/proc/self/fd/{path}", flags)
             finally:
                 os.close(path)
@@ -131,10 +165,11 @@ class LocalFile:
         """Size and identity of the file."""
         with translating("examine", self.filename):
             status = os.fstat(self.fd)
-        # The contents of a device change without a trace in its node: there is no time to compare.
-        mtime_ns = 0 if self.is_device else status.st_mtime_ns
-        size = self.size() if self.is_device else status.st_size
-        return FileInfo(True, size, mtime_ns, f"{status.st_dev:x}:{status.st_ino:x}", not self.is_device)
+        if self.is_device:  # its contents change without a trace in its node: there is no time to compare
+            return FileInfo(True, self.size(), file_id=identify(status), resizable=False)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        settles_ms = -(-get_settling_time(*times, time.time_ns()) // 1_000_000)
+        return FileInfo(True, status.st_size, *times, identify(status), settles_ms=settles_ms)
 
     def size(self) -> int:
         """The size of the file in bytes."""
@@ -155,6 +190,13 @@ class LocalFile:
                     break
                 done += count
         return done
+
+    def prepare(self, extents: Iterable[Extent]) -> None:
+        """Write back dirty pages of extents that are about to be read, if that is wanted (a device tells no time)."""
+        if self.flush and not self.is_device:
+            with translating("write back the changed pages of", self.filename):
+                for extent in extents:
+                    kernel.write_back(self.fd, *extent)
 
     def chunks(self, extents: Iterable[Extent]) -> Iterator[memoryview]:
         """
@@ -205,6 +247,7 @@ class LocalFile:
     def digest(self, extents: Iterable[Extent]) -> str:
         """The XXH128 digest of the octets of some extents, as 32 hexadecimal digits."""
         hasher = xxhash.xxh3_128()
+        self.prepare(extents)
         for chunk in self.chunks(extents):
             hasher.update(chunk)
         return hasher.hexdigest()
@@ -267,28 +310,69 @@ class LocalFile:
         elsewhere. It waits for writes in progress, so that they are over before the new run compares anything.
 
         :returns: :data:`False` for a device, and where a file system has no such attributes.
+        :raises: :exc:`.FileError` when the claim, or the page cache after a flush that failed, can't be had.
         """
+        doubtful = self._get_claim().endswith(UNFLUSHED)
+        name = run + UNFLUSHED * doubtful
         # First without the lock, which many writers of an earlier run, taking turns, would never leave alone: that ends
         # them. Then with it, since that run may have come to its end, and taken our name for its own.
-        if not self._set_claim(run):
+        if not self._set_claim(name):
             return False
         with self._locked(fcntl.LOCK_EX):
-            return self._set_claim(run)
+            self._set_claim(name)
+            if doubtful:
+                self._forget()
+                self._set_claim(run)
+        return True
 
-    def _set_claim(self, run: str) -> bool:
+    def _get_claim(self) -> str:
         try:
-            os.setxattr(self.fd, RUN_ATTRIBUTE, run.encode("ascii"))
-            return True
+            return os.getxattr(self.fd, RUN_ATTRIBUTE).decode("ascii", "replace")
         except OSError:
-            return False
+            return ""
+
+    def _set_claim(self, claim: str) -> bool:
+        try:
+            os.setxattr(self.fd, RUN_ATTRIBUTE, claim.encode("ascii"))
+            return True
+        except OSError as e:
+            if e.errno in _NO_ATTRIBUTES:
+                return False
+            raise FileError.from_os_error(e, "claim", self.filename) from e
 
     def release(self, run: str) -> None:
-        """End a claim (that it has been ended before is no error, so that a request may be repeated)."""
+        """End a claim. That it has been ended before, or is another run's by now, is no error."""
         with self._locked(fcntl.LOCK_EX):
-            if self._claimed_by() not in ("", run):
-                raise self._taken_over()
-            with suppress(OSError):
-                os.removexattr(self.fd, RUN_ATTRIBUTE)
+            if self._claimed_by() == run:
+                with suppress(OSError):
+                    os.removexattr(self.fd, RUN_ATTRIBUTE)
+
+    def check_claim(self, run: str) -> None:
+        """
+        Find out whether nobody has been here since a run has claimed the file.
+
+        :param run: The run (an empty string: there's nothing to find out).
+        :raises: :exc:`.TakenOverError` when a later run has, even if it has come and gone.
+        """
+        if run and self._claimed_by() != run:
+            raise TakenOverError("Can't write to {filename}: another run has taken it over", filename=self.filename)
+
+    def _claimed_by(self) -> str:
+        return self._get_claim().removesuffix(UNFLUSHED)
+
+    def _forget(self) -> None:
+        """Let the page cache forget the file, so that it's read from the disk again."""
+        with suppress(OSError):  # what can't be written stays dirty, and is found below
+            kernel.write_back(self.fd, 0, 0)
+        with translating("drop the cached pages of", self.filename):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            cached = kernel.count_cached_pages(self.fd, self.size())
+        if cached:
+            text = (
+                "A flush of {filename} failed, and {cached} pages in memory can't be compared with the disk: "
+                "end the programs that have it mapped, or restart the machine"
+            )
+            raise FileError(text, filename=self.filename, cached=cached)
 
     @contextmanager
     def writing(self, run: str) -> Iterator[None]:
@@ -299,19 +383,8 @@ class LocalFile:
         :raises: :exc:`.TakenOverError` when a later run has.
         """
         with self._locked(fcntl.LOCK_SH):
-            # No claim at all means that a later run has come and gone.
-            if run and self._claimed_by() != run:
-                raise self._taken_over()
+            self.check_claim(run)
             yield
-
-    def _taken_over(self) -> TakenOverError:
-        return TakenOverError("Can't write to {filename}: another run has taken it over", filename=self.filename)
-
-    def _claimed_by(self) -> str:
-        try:
-            return os.getxattr(self.fd, RUN_ATTRIBUTE).decode("ascii", "replace")
-        except OSError:
-            return ""
 
     @contextmanager
     def _locked(self, kind: int) -> Iterator[None]:
@@ -343,10 +416,57 @@ class LocalFile:
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
             raise FileForbiddenError(text, filename=self.filename, size=size)
 
-    def sync(self) -> None:
-        """Flush the file to its disk."""
-        with translating("flush", self.filename):
-            os.fsync(self.fd)
+    def sync(self, run: str = "") -> None:
+        """
+        Flush the file to its disk.
+
+        The kernel tells of a write that failed once, and shows what was to be written from then on. So the cache is
+        dropped after a failure, and if anything ends before that, the next claim does it.
+
+        :param run: The run that has claimed the file (an empty string: none has).
+        """
+        self._mark(run, UNFLUSHED)
+        try:
+            with translating("flush", self.filename):
+                os.fsync(self.fd)
+        except FileError:
+            with suppress(FileError):
+                self._forget()
+            raise
+        self._mark(run, "")
+
+    def _mark(self, run: str, mark: str) -> None:
+        if run:
+            with self._locked(fcntl.LOCK_EX):
+                self.check_claim(run)
+                self._set_claim(run + mark)
+
+
+def identify(status: os.stat_result) -> str:
+    """What no other file has on any machine until it starts anew: device, inode, and the boot that they belong to."""
+    return f"{status.st_dev:x}:{status.st_ino:x}@{_get_boot_id()}"
+
+
+@cache
+def _get_boot_id() -> str:
+    """A random word that the kernel chooses when it starts (random(4))."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as handle:
+            return handle.read().strip()
+    except OSError:
+        return ""
+
+
+def get_settling_time(mtime_ns: int, ctime_ns: int, now_ns: int) -> int:
+    """
+    For how long another change of a file may bear the same time as the last one, in nanoseconds.
+
+    What a user may have set to a time to come doesn't count, nor does a clock that was set back.
+    """
+    is_coarse = mtime_ns % 1_000_000_000 == ctime_ns % 1_000_000_000 == 0
+    tick = LONG_TICK if is_coarse else SHORT_TICK
+    latest = max((t for t in (mtime_ns, ctime_ns) if t <= now_ns + tick), default=0)
+    return min(tick, max(0, latest + tick - now_ns))
 
 
 class Stored:
@@ -363,10 +483,12 @@ class Stored:
         self.extents = extents
 
     def __iter__(self) -> Iterator[memoryview]:
+        self.file.prepare(self.extents)
         return self.file.chunks(self.extents)
 
     def send(self, sock: socket.socket) -> None:
         """Send all of them through a socket that isn't encrypted, see :meth:`LocalFile.send`."""
+        self.file.prepare(self.extents)
         for extent in self.extents:
             self.file.send(sock, extent)
 

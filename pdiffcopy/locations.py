@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,15 @@ from property_manager import PropertyManager, cached_property, mutable_property
 
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_RETRIES, DEFAULT_TIMEOUT
 from pdiffcopy.address import Address, parse_location
-from pdiffcopy.exceptions import DependencyError, FileMissingError, UsageError, printable
+from pdiffcopy.exceptions import (
+    DependencyError,
+    FileMissingError,
+    ProgramError,
+    ReplacedError,
+    SourceChangedError,
+    UsageError,
+    printable,
+)
 from pdiffcopy.hashing import get_methods, hash_stripes
 from pdiffcopy.localfile import LocalFile, Stored
 from pdiffcopy.operations import claim_file, get_file_info, read_block, release_file, resize_file, stat_file, sync_file
@@ -56,19 +65,49 @@ class Reading:
 
 
 class Replica(ABC):
-    """One copy of the file. No method leaves anything open, but for the time that its generator is in use."""
+    """
+    One copy of the file. No method leaves anything open, but for the time that its generator is in use.
+
+    A name may lead to another file at any moment, so all methods but :meth:`info` raise :exc:`.ReplacedError` when it
+    doesn't lead to the file that the replica is *pinned* to.
+    """
+
+    file_id = ""
+    """Which file the name has to lead to (empty: any)."""
+    is_source = False
+    """Whether dirty pages are written back before they are read, so that a later change through a mapping shows."""
+
+    def pinned(self, file_id: str, is_source: bool = False) -> Replica:
+        """The same replica, but it has to be a certain file from now on."""
+        replica = copy(self)
+        replica.file_id = file_id
+        replica.is_source = is_source
+        return replica
+
+    def describe_replacement(self, error: ReplacedError, label: str) -> ProgramError:
+        """What it means that the name leads to another file: the source has changed, or the target is gone."""
+        return SourceChangedError.of(label, "identity") if self.is_source else error
 
     @abstractmethod
-    def info(self) -> tuple[FileInfo, PeerInfo]:
-        """Size and identity of the file, and what its side can do."""
+    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
+        """
+        Size and identity of the file, and what its side can do.
+
+        :param run: The run that has claimed the file, if one has.
+        :raises: :exc:`.TakenOverError` when somebody else has claimed it since, even if that has ended.
+        """
 
     @abstractmethod
-    def hashes(self, size: int, block_size: int, method: str, concurrency: int) -> Iterator[str]:
-        """The digests of the blocks of the first `size` bytes, in order, as they become known."""
+    def hashes(self, size: int, block_size: int, method: str, concurrency: int, start: int = 0) -> Iterator[str]:
+        """The digests of the blocks of the first `size` bytes (from `start` on), in order, as they become known."""
 
     @abstractmethod
     def read(self, extents: Sequence[Extent], state_digest: bool) -> AbstractContextManager[Reading]:
         """Read extents: exactly the octets that were asked for, or an exception."""
+
+    @abstractmethod
+    def digest(self, extents: Sequence[Extent]) -> str:
+        """Read extents only to state their digest, as :meth:`read` does."""
 
     @abstractmethod
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
@@ -84,20 +123,25 @@ class Replica(ABC):
         """Create the file (with its parent folders), grow or cut it."""
 
     @abstractmethod
-    def claim(self, run: str) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False) -> tuple[bool, FileInfo]:
         """
         Let a run write to the file, and no earlier one any more.
 
+        :param create: Whether to create a missing file (an old server can't do that here).
         :returns: Whether that's possible here, and what the file is from then on.
         """
 
     @abstractmethod
-    def release(self, run: str) -> FileInfo:
-        """End a claim, and look what the file is now. Raises :exc:`.TakenOverError` when it was lost before."""
+    def release(self, run: str) -> None:
+        """End a claim. That it was lost or ended before is no error (:meth:`info` tells)."""
 
     @abstractmethod
-    def sync(self) -> None:
-        """Flush the file to its disk."""
+    def sync(self, run: str = "") -> None:
+        """
+        Flush the file to its disk.
+
+        :raises: :exc:`.ProgramError` also when it isn't known how that ended: an error of the disk is told only once.
+        """
 
 
 class LocalReplica(Replica):
@@ -107,43 +151,54 @@ class LocalReplica(Replica):
         """:param filename: The name of the file."""
         self.filename = filename
 
-    def info(self) -> tuple[FileInfo, PeerInfo]:
+    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
         """See :meth:`Replica.info`."""
-        return stat_file(self.filename), PeerInfo(features=FEATURES, methods=get_methods())
+        return stat_file(self.filename, run), PeerInfo(features=FEATURES, methods=get_methods())
 
-    def hashes(self, size: int, block_size: int, method: str, concurrency: int) -> Iterator[str]:
+    def hashes(self, size: int, block_size: int, method: str, concurrency: int, start: int = 0) -> Iterator[str]:
         """See :meth:`Replica.hashes`."""
-        with LocalFile(self.filename) as file, ThreadPoolExecutor(concurrency) as executor:
-            for stripe in hash_stripes(file, 0, size, block_size, method, executor, concurrency):
+        with self._open() as file, ThreadPoolExecutor(concurrency) as executor:
+            for stripe in hash_stripes(file, start, size, block_size, method, executor, concurrency):
                 for _, digest in stripe:
                     yield digest
 
     @contextmanager
     def read(self, extents: Sequence[Extent], state_digest: bool) -> Iterator[Reading]:
         """See :meth:`Replica.read`."""
-        with LocalFile(self.filename) as file:
+        with self._open() as file:
             yield Reading(Stored(file, extents), file.digest(extents) if state_digest else "")
+
+    def digest(self, extents: Sequence[Extent]) -> str:
+        """See :meth:`Replica.digest`."""
+        with self._open() as file:
+            return file.digest(extents)
 
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`Replica.write`."""
-        with LocalFile(self.filename, write=True) as file:
+        with self._open(write=True) as file:
             file.write(extents, reading.chunks, reading.digest, run, reading.block_size)
 
     def resize(self, size: int, run: str = "") -> None:
         """See :meth:`Replica.resize`."""
-        resize_file(self.filename, size, run=run)
+        resize_file(self.filename, size, run=run, file_id=self.file_id)
 
-    def claim(self, run: str) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False) -> tuple[bool, FileInfo]:
         """See :meth:`Replica.claim`."""
-        return claim_file(self.filename, run)
+        return claim_file(self.filename, run, create, file_id=self.file_id)
 
-    def release(self, run: str) -> FileInfo:
+    def release(self, run: str) -> None:
         """See :meth:`Replica.release`."""
-        return release_file(self.filename, run)
+        release_file(self.filename, run, file_id=self.file_id)
 
-    def sync(self) -> None:
+    def sync(self, run: str = "") -> None:
         """See :meth:`Replica.sync`."""
-        sync_file(self.filename)
+        sync_file(self.filename, run=run, file_id=self.file_id)
+
+    def _open(self, write: bool = False) -> LocalFile:
+        try:
+            return LocalFile(self.filename, write, file_id=self.file_id, flush=self.is_source)
+        except ReplacedError as e:
+            raise self.describe_replacement(e, self.filename) from e
 
 
 @lru_cache(maxsize=16)

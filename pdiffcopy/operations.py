@@ -23,8 +23,8 @@ def get_file_info(filename: str) -> dict[str, Any]:
     Get information about a local file.
 
     :param filename: An absolute filename (a string).
-    :returns: A dictionary with file metadata: ``size`` (bytes), ``mtime_ns``, ``file_id`` and ``resizable``, see
-              :class:`.FileInfo`. If the file doesn't exist an empty dictionary is returned.
+    :returns: A dictionary with file metadata: ``size`` (bytes), ``mtime_ns``, ``ctime_ns``, ``file_id`` and so on,
+              see :class:`.FileInfo`. If the file doesn't exist an empty dictionary is returned.
     """
     return stat_file(filename).as_dict()
 
@@ -64,36 +64,58 @@ def write_block(filename: str, offset: int, data: bytes) -> None:
         file.write([Extent(offset, len(data))], [data])
 
 
-def resize_file(filename: str, size: int, namespace: Namespace = MACHINE, devices: bool = True, run: str = "") -> None:
+def resize_file(
+    filename: str,
+    size: int,
+    namespace: Namespace = MACHINE,
+    devices: bool = True,
+    run: str = "",
+    file_id: str = "",
+) -> None:
     """
     Create or resize a local file, in preparation for synchronizing its contents.
 
     :param filename: An absolute filename (a string). Missing parent folders are created.
     :param size: The new size in bytes (an integer).
     :param run: The run that has claimed the file, if one has.
+    :param file_id: Which file it has to be (by default any, and a new one).
     """
-    _create(filename, namespace)
-    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file, file.writing(run):
+    if not file_id:
+        _create(filename, namespace)
+    with LocalFile(filename, True, namespace, devices, file_id) as file, file.writing(run):
         file.resize(size)
 
 
-def claim_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> tuple[bool, FileInfo]:
+def claim_file(
+    filename: str,
+    run: str,
+    create: bool = False,
+    namespace: Namespace = MACHINE,
+    devices: bool = True,
+    file_id: str = "",
+) -> tuple[bool, FileInfo]:
     """Let one run write to a file, and no earlier one any more (see :meth:`.Replica.claim`)."""
-    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+    if create:
+        _create(filename, namespace)
+    with LocalFile(filename, True, namespace, devices, file_id) as file:
         return file.claim(run), file.info()
 
 
-def release_file(filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True) -> FileInfo:
+def release_file(
+    filename: str, run: str, namespace: Namespace = MACHINE, devices: bool = True, file_id: str = ""
+) -> FileInfo:
     """End a claim (see :meth:`.Replica.release`)."""
-    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
+    with LocalFile(filename, True, namespace, devices, file_id) as file:
         file.release(run)
         return file.info()
 
 
-def sync_file(filename: str, namespace: Namespace = MACHINE, devices: bool = True) -> None:
-    """Flush a file, and the folder that has its name, to their disk."""
-    with LocalFile(filename, write=True, namespace=namespace, devices=devices) as file:
-        file.sync()
+def sync_file(
+    filename: str, namespace: Namespace = MACHINE, devices: bool = True, run: str = "", file_id: str = ""
+) -> None:
+    """Flush a file, and the folder that has its name, to their disk (see :meth:`.LocalFile.sync`)."""
+    with LocalFile(filename, True, namespace, devices, file_id) as file:
+        file.sync(run)
     folder = os.path.dirname(filename) or "."
     with translating("flush", folder):
         fd = namespace.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -103,10 +125,11 @@ def sync_file(filename: str, namespace: Namespace = MACHINE, devices: bool = Tru
             os.close(fd)
 
 
-def stat_file(filename: str) -> FileInfo:
-    """Get a :class:`.FileInfo` of a local file (that it doesn't exist is no error)."""
+def stat_file(filename: str, run: str = "") -> FileInfo:
+    """Get a :class:`.FileInfo` of a local file (that it doesn't exist is no error), see :meth:`.Replica.info`."""
     try:
         with LocalFile(filename) as file:
+            file.check_claim(run)
             return file.info()
     except FileMissingError:
         return FileInfo(exists=False)

@@ -23,19 +23,27 @@ What may: a batch is written completely or its failure ends the run, and doing i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 
 import xxhash
 
 from pdiffcopy.address import Address
 from pdiffcopy.delta import Batch, Block, block_length, compare, halve, make_batches
-from pdiffcopy.exceptions import DigestMismatchError, TransientError, VerificationError
+from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.exceptions import (
+    DigestMismatchError,
+    SourceChangedError,
+    TransientError,
+    VerificationError,
+    printable,
+)
 from pdiffcopy.hashing import get_hasher
-from pdiffcopy.locations import Network, Reading, open_replica
-from pdiffcopy.protocol import MAX_EXTENTS
+from pdiffcopy.locations import Network, Reading, Replica, open_replica
+from pdiffcopy.protocol import MAX_EXTENTS, Extent
 from pdiffcopy.retry import Patience
 
 SMALLEST_BATCH = 1024 * 1024
@@ -70,6 +78,15 @@ class Plan:
     max_extents: int = MAX_EXTENTS
     run: str = ""
     """The name under which the target is claimed (empty when it can't be)."""
+    source_id: str = ""
+    """Which file the source has to be (see :class:`.FileInfo`, empty when its server can't tell)."""
+    target_id: str = ""
+    """Which file the target has to be."""
+
+    @property
+    def states_digests(self) -> bool:
+        """Whether the source reads what it sends for a digest."""
+        return self.verify and not (self.by_hashes or self.blockwise)
 
     @property
     def activity(self) -> str:
@@ -104,17 +121,27 @@ def find_blocks(plan: Plan) -> Iterator[Block]:
         for offset in range(0, plan.size, plan.block_size):
             yield Block(offset, block_length(offset, plan.size, plan.block_size), True, "")
         return
-    source = _digests(plan, plan.source, plan.size)
-    target = _digests(plan, plan.target, plan.target_size if plan.delta else 0)
+    source = _digests(plan, open_source(plan), plan.size)
+    target = _digests(plan, open_target(plan), plan.target_size if plan.delta else 0)
     with closing(source), closing(target):
         # The threads that hash a local target begin now, and not when the server of the source has answered.
         first = list(islice(target, 0 if plan.target.hostname else 1))
         yield from compare(source, chain(first, target), plan.size, plan.block_size)
 
 
-def _digests(plan: Plan, address: Address, size: int) -> Generator[str, None, None]:
+def open_source(plan: Plan) -> Replica:
+    """The source, as the file that it was at the first look."""
+    return open_replica(plan.source, plan.network).pinned(plan.source_id, is_source=True)
+
+
+def open_target(plan: Plan) -> Replica:
+    """The target, as the file that was claimed."""
+    return open_replica(plan.target, plan.network).pinned(plan.target_id)
+
+
+def _digests(plan: Plan, replica: Replica, size: int, start: int = 0) -> Generator[str, None, None]:
     if size:  # there may be no file yet
-        yield from open_replica(address, plan.network).hashes(size, plan.block_size, plan.method, plan.concurrency)
+        yield from replica.hashes(size, plan.block_size, plan.method, plan.concurrency, start)
 
 
 def generate_batches(plan: Plan, is_awaited: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
@@ -143,40 +170,69 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
     Transfer a batch, and tell how many times a difference was found afterwards.
 
     What fails is repeated in halves, each with attempts of its own, so that something gets done where no connection
-    lasts for long, and where one octet in many arrives wrong.
+    lasts for long, and where one byte in many arrives wrong.
     """
     mismatches = 0
     while True:
+        stated = ""
         try:
-            _transfer(plan, batch)
+            with open_source(plan).read(batch.extents, plan.states_digests) as reading:
+                stated = reading.digest
+                _transfer(plan, batch, reading)
             patience.succeeded()
             return mismatches
         except TransientError as e:
             patience.failed(e)
         except DigestMismatchError as e:
             mismatches += 1
+            if not plan.by_hashes or mismatches == VERIFY_ATTEMPTS:  # an old server would hash all of the file
+                patience.persist(partial(_check_source, plan, batch, stated))
             if mismatches == VERIFY_ATTEMPTS:
                 text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
                 offset = batch.extents[0].offset
                 raise VerificationError(text, target=str(plan.target), offset=offset, attempts=mismatches) from e
             logger.warning("%s (trying again)", e)
-        # The digests that were compared may be to blame, and don't tell of halves: now the source reads what it sends.
+        # The digests that were compared don't tell of halves: from now on the source reads what it sends.
         plan = replace(plan, blockwise=False)
         if batch.size > SMALLEST_BATCH and not plan.by_hashes:
             halves = [Batch(extents) for extents in halve(batch.extents)]
             return mismatches + sum(_transfer_until_equal(plan, half, patience) for half in halves)
 
 
-def _transfer(plan: Plan, batch: Batch) -> None:
-    source, target = open_replica(plan.source, plan.network), open_replica(plan.target, plan.network)
+def _transfer(plan: Plan, batch: Batch, reading: Reading) -> None:
     logger.debug("Transferring %i bytes in %i extents ..", batch.size, len(batch.extents))
-    state_digest = plan.verify and not (plan.by_hashes or plan.blockwise)
-    with source.read(batch.extents, state_digest) as reading:
-        if plan.by_hashes:
-            reading = _check_hashes(plan, batch, reading)
-        elif plan.blockwise:
-            reading = replace(reading, digest=batch.digest, block_size=plan.block_size)
-        target.write(batch.extents, reading, plan.run)
+    if plan.by_hashes:
+        reading = _check_hashes(plan, batch, reading)
+    elif plan.blockwise:
+        reading = replace(reading, digest=batch.digest, block_size=plan.block_size)
+    open_target(plan).write(batch.extents, reading, plan.run)
+
+
+def _check_source(plan: Plan, batch: Batch, stated: str) -> None:
+    """
+    Let the source state once more what it stated of a batch that didn't arrive like that.
+
+    :param stated: The digest that it stated with the data (empty when the digests of the blocks were compared).
+    :raises: :exc:`.SourceChangedError` when it states something else now.
+    """
+    if stated:
+        is_same = open_source(plan).digest(batch.extents) == stated
+    else:
+        is_same = batch.digest == digest_blockwise(_digest_again(plan, batch.extents))
+    if not is_same:
+        raise SourceChangedError.of(printable(str(plan.source)), "contents")
+
+
+def _digest_again(plan: Plan, extents: Sequence[Extent]) -> Iterator[str]:
+    """The digests of the blocks of some extents of the source."""
+    start, stop = extents[0].offset, sum(extents[-1])
+    remaining = list(reversed(extents))
+    with closing(_digests(plan, open_source(plan), stop, start)) as digests:
+        for offset, digest in zip(range(start, stop, plan.block_size), digests, strict=False):
+            if offset >= sum(remaining[-1]):
+                remaining.pop()
+            if offset >= remaining[-1].offset:
+                yield digest
 
 
 def _check_hashes(plan: Plan, batch: Batch, reading: Reading) -> Reading:

@@ -36,16 +36,21 @@ from pdiffcopy.exceptions import (
     ProgramError,
     ProtocolError,
     RemoteError,
+    ReplacedError,
+    ReportedError,
     TakenOverError,
     TransientError,
 )
 from pdiffcopy.localfile import CHUNK_SIZE, Stored
 from pdiffcopy.locations import Network, Reading, Replica
 from pdiffcopy.protocol import (
+    ANSWER_HEADER,
     BLOCKS,
     CLAIM,
     CLAIMED,
     DIGEST_HEADER,
+    DONE,
+    FEATURE_ANSWER,
     FEATURE_CLAIM,
     FEATURE_RESUME,
     HASHES,
@@ -54,7 +59,6 @@ from pdiffcopy.protocol import (
     REQUEST_HEADER,
     RESIZE,
     SYNC,
-    SYNC_DONE,
     VERIFIED,
     BlockDigest,
     Extent,
@@ -64,9 +68,13 @@ from pdiffcopy.protocol import (
     decode_flag,
     decode_info,
     decode_problem,
+    decode_report,
     digest_query,
+    digest_text,
     format_extents,
+    parse_checked,
     parse_hashes,
+    sign_answer,
 )
 from pdiffcopy.retry import Patience
 from pdiffcopy.splice import Chunk, Piped, receive
@@ -83,6 +91,7 @@ _ERRORS = {
         DiskFullError,
         FileMissingError,
         ForbiddenError,
+        ReplacedError,
         TakenOverError,
     )
 }
@@ -114,12 +123,15 @@ class RemoteReplica(Replica):
             self._sessions[pid] = open_session(self.address.hostname, self.network.token, self.network.ca_file)
         return self._sessions[pid]
 
-    def info(self) -> tuple[FileInfo, PeerInfo]:
+    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
         """See :meth:`.Replica.info`."""
 
         def ask() -> tuple[FileInfo, PeerInfo]:
-            with self._request("GET", INFO, expect=(200, 404)) as response:
-                return decode_info(_read_document(response), exists=response.status_code == 200)
+            with self._request("GET", INFO, _name(run), expect=(200, 404)) as response:
+                info, peer = decode_info(_read_document(response), exists=response.status_code == 200)
+                if FEATURE_ANSWER in peer.features and ANSWER_HEADER not in response.headers:
+                    raise self._foreign_answer()
+                return info, peer
 
         info, self._peer = self._patience().persist(ask)
         self._size = info.size
@@ -130,9 +142,9 @@ class RemoteReplica(Replica):
         """What the server can do (it's asked once)."""
         return self._peer or self.info()[1]
 
-    def hashes(self, size: int, block_size: int, method: str, concurrency: int) -> Iterator[str]:
+    def hashes(self, size: int, block_size: int, method: str, concurrency: int, start: int = 0) -> Iterator[str]:
         """See :meth:`.Replica.hashes`."""
-        patience, position = self._patience(), 0
+        patience, position = self._patience(), start
         while position < size:
             try:
                 stream = self._hash_lines(position, size, block_size=block_size, method=method, concurrency=concurrency)
@@ -145,12 +157,13 @@ class RemoteReplica(Replica):
 
     def _hash_lines(self, start: int, stop: int, **params: Any) -> Iterator[BlockDigest]:
         resumes = FEATURE_RESUME in self.peer.features
-        if start and resumes:
-            params["offset"] = start
+        if resumes:
+            params |= {"offset": start, "checks": 1}
         with self._request("GET", HASHES, params) as response:
             # An old server can only begin at the beginning, and a file may be longer than what we compare.
             most = count_blocks(max(stop, self._size), params["block_size"])
-            for count, line in enumerate(parse_hashes(self._lines(response))):
+            parse = parse_checked if resumes else parse_hashes
+            for count, line in enumerate(parse(self._lines(response))):
                 if count >= most:
                     raise ProtocolError("{url}: the server sent more hashes than the file has blocks", url=self.address)
                 if line.offset >= stop and resumes:
@@ -172,6 +185,11 @@ class RemoteReplica(Replica):
             digest = check_digest(response.headers.get(DIGEST_HEADER, "")) if state_digest else ""
             yield Reading(self._exactly(size, response), digest)
 
+    def digest(self, extents: Sequence[Extent]) -> str:
+        """See :meth:`.Replica.digest`."""
+        with self._request("GET", BLOCKS, _place(extents) | {"digest": 1, "data": 0}) as response:
+            return check_digest(response.headers.get(DIGEST_HEADER, ""))
+
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`.Replica.write`."""
         params = _place(extents) | _name(run)
@@ -189,18 +207,18 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.resize`."""
         self._post(RESIZE, {"size": size} | _name(run))
 
-    def claim(self, run: str) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""
         if FEATURE_CLAIM not in self.peer.features:
             return False, self.info()[0]
-        document = self._post(CLAIM, _name(run))
+        document = self._post(CLAIM, _name(run) | ({"create": 1} if create else {}))
         info, _ = decode_info(document, exists=True)
         self._size = info.size
         return decode_flag(document, CLAIMED), info
 
-    def release(self, run: str) -> FileInfo:
+    def release(self, run: str) -> None:
         """See :meth:`.Replica.release`."""
-        return decode_info(self._post(RELEASE, _name(run)), exists=True)[0]
+        self._post(RELEASE, _name(run))
 
     def _post(self, endpoint: str, params: dict[str, Any]) -> bytes:
         def ask() -> bytes:
@@ -209,16 +227,19 @@ class RemoteReplica(Replica):
 
         return self._patience().persist(ask)
 
-    def sync(self) -> None:
+    def sync(self, run: str = "") -> None:
         """See :meth:`.Replica.sync`."""
-
-        def ask() -> None:
-            with self._request("POST", SYNC) as response:
+        # It isn't repeated: an answer that got lost may have been the only one to tell of an error.
+        try:
+            with self._request("POST", SYNC, _name(run)) as response:
                 last = _read_document(response).strip()
-                if last != SYNC_DONE.encode():
-                    self._fail("flush", DiskFullError.http_status, decode_problem(last))
-
-        self._patience().persist(ask)
+                if last.startswith(b"{"):
+                    raise decode_report(last)
+                if last != DONE.encode("ascii"):
+                    raise ProtocolError("{url}: the server's answer to a flush isn't one", url=self.address)
+        except TransientError as e:
+            text = "{url}: it isn't known whether the data has reached the disk, run again ({reason})"
+            raise RemoteError(text, url=self.address, reason=e, status=0) from e
 
     # The edge {{{1
 
@@ -234,29 +255,65 @@ class RemoteReplica(Replica):
 
         An error in the ``with`` block that stems from the network is translated like one before it.
         """
-        url = self.address.url(endpoint, **(params or {}))
-        headers = {REQUEST_HEADER: digest_query(url.partition("?")[2]), **(headers or {})}
+        params = dict(params or {})
+        if self.file_id and endpoint != INFO:
+            params["file_id"] = self.file_id
+        if self.is_source and verb == "GET" and endpoint != INFO:
+            params["flush"] = 1
+        # A word that no other request has: no cache has an answer to this one.
+        url = self.address.url(endpoint, **params, nonce=os.urandom(8).hex())
+        tag = digest_query(url.partition("?")[2])
+        headers = {REQUEST_HEADER: tag, **(headers or {})}
         try:
             with self.session.request(
                 verb, url, data=body, headers=headers, stream=True, allow_redirects=False,
                 timeout=self.network.timeout,
             ) as response:  # fmt: skip
                 _check_head(response)
+                is_signed = self._check_answer(tag, response)
                 if response.status_code not in expect:
-                    self._fail(f"{verb} {endpoint}", response.status_code, decode_problem(_read_document(response)))
+                    detail = decode_problem(_read_document(response))
+                    self._fail(f"{verb} {endpoint}", response.status_code, detail, is_signed)
                 yield response
+        except ReportedError as e:
+            self._fail(f"{verb} {endpoint}", e.status, str(e))
         except ProgramError:
             raise
         except _NETWORK_ERRORS as e:
             raise self._translate(e, endpoint) from e
 
-    def _fail(self, action: str, status: int, detail: str) -> NoReturn:
+    def _check_answer(self, tag: str, response: requests.Response) -> bool:
+        """
+        Find out whether an answer belongs to a request, before anything of it is believed.
+
+        A proxy may have kept it from an earlier request, or have sent an earlier one twice: then all that follows on
+        that connection are answers to other requests. It is closed then, since its answer isn't read.
+
+        :returns: Whether the answer says so: that of an old server doesn't, nor does an error that a proxy reports.
+        """
+        answer = response.headers.get(ANSWER_HEADER, "")
+        is_signed = answer == sign_answer(tag, response.status_code, response.headers.get(DIGEST_HEADER, ""))
+        signs = bool(self.file_id) or (self._peer is not None and FEATURE_ANSWER in self._peer.features)
+        if not is_signed and (answer or (signs and response.status_code < 400)):
+            raise self._foreign_answer()
+        return is_signed or not signs
+
+    def _foreign_answer(self) -> TransientError:
+        text = "{url}: the answer isn't that to the request (does a proxy in between keep or repeat answers?)"
+        return TransientError(text, url=self.address, status=0)
+
+    def _fail(self, action: str, status: int, detail: str, is_signed: bool = True) -> NoReturn:
         """Raise the most specific error for a status."""
         if not detail:
             detail = HTTPStatus(status).phrase if status in _KNOWN_STATUS else f"HTTP status {status}"
-        kind = TransientError if status in _TRANSIENT_STATUS else _ERRORS.get(status, RemoteError)
+        kind: type[ProgramError] = _ERRORS.get(status, RemoteError) if is_signed else RemoteError
+        if status in _TRANSIENT_STATUS:
+            kind = TransientError
         text = "{url}: the server refused {action}: {detail}"
-        raise kind(text, url=self.address, action=action, detail=detail, status=status)
+        error = kind(text, url=self.address, action=action, detail=detail, status=status)
+        if isinstance(error, ReplacedError):
+            raise self.describe_replacement(error, str(self.address))
+        raise error
 
     def _translate(self, error: Exception, action: str) -> ProgramError:
         """Make one line of what requests, urllib3 and the operating system raise."""
@@ -344,6 +401,9 @@ def _read_document(response: requests.Response) -> bytes:
         document += chunk
     if len(document) > _MAX_DOCUMENT:
         raise ProtocolError("The server sent a document of more than {limit} bytes", limit=_MAX_DOCUMENT)
+    digest = response.headers.get(DIGEST_HEADER, "")
+    if digest and digest != digest_text(document):
+        raise TransientError("{url}: the server's answer is damaged", url=response.url.partition("?")[0], status=0)
     return document
 
 

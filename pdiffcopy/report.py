@@ -22,6 +22,10 @@ class Report:
     """Whether the user wanted the transfer to be verified."""
     elapsed: float
     """In seconds."""
+    watched: bool = True
+    """Whether a change of the source would have shown: neither a device nor an old server tells a time."""
+    claimed: bool = True
+    """Whether the target was claimed, so that no other run can have mixed its data with that of this one."""
 
     @property
     def similarity(self) -> float:
@@ -37,6 +41,18 @@ class Report:
             return "skipped"
         return "verified" if self.plan.verify else "unverified"
 
+    @property
+    def reservations(self) -> list[str]:
+        """What a user should know who relies on the target (sentences)."""
+        sentences = []
+        if self.verification == "unverified" and self.result.bytes_moved:
+            sentences.append("NOT VERIFIED: the server is too old to check what it wrote.")
+        if not self.watched:
+            sentences.append("NOT WATCHED: the source tells no time, so it may have changed unnoticed.")
+        if not (self.claimed or self.dry_run):
+            sentences.append("NOT CLAIMED: the target can't be, so another run at the same time would go unnoticed.")
+        return sentences
+
     def as_dict(self) -> dict[str, Any]:
         """The report as one JSON object: sizes in bytes, times in seconds."""
         return {
@@ -49,6 +65,8 @@ class Report:
             "size": self.plan.size,
             "similarity": self.similarity,
             "verification": self.verification,
+            "watched": self.watched,
+            "claimed": self.claimed,
             "elapsed": self.elapsed,
             **vars(self.result),
         }
@@ -72,9 +90,7 @@ class Report:
             text += f" {pluralize(result.retries, 'retry', 'retries')}."
         if self.verification == "verified" and result.bytes_moved:
             text += f" Verified {format_size(result.bytes_verified, binary=True)}."
-        elif self.verification == "unverified" and result.bytes_moved:
-            text += " NOT VERIFIED: the server is too old to check what it wrote."
-        return text
+        return " ".join([text, *self.reservations])
 
 
 def _format_similarity(result: Result) -> str:

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
+from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy import protocol as wire
 from pdiffcopy.address import parse_listen
 from pdiffcopy.body import read_body, send_extents
@@ -34,14 +34,11 @@ from pdiffcopy.exceptions import (
     RangeError,
     RequestError,
 )
-from pdiffcopy.hashing import get_hasher, get_methods, hash_stripes
+from pdiffcopy.hashing import HEARTBEAT, get_hasher, get_methods, hash_stripes
 from pdiffcopy.localfile import MACHINE, LocalFile
 from pdiffcopy.operations import claim_file, release_file, resize_file, sync_file
-from pdiffcopy.protocol import Extent, Parameters
+from pdiffcopy.protocol import BlockDigest, Extent, Parameters
 from pdiffcopy.security import check_certificate, check_token, is_loopback, load_token
-
-SYNC_HEARTBEAT = 5.0
-"""How often a client that waits for a flush hears that it isn't done yet, in seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +59,7 @@ def create_app(settings: Settings) -> Flask:
     views = _Views(settings)
     application = Flask(__name__, static_folder=None)
     application.before_request(views.authenticate)
+    application.after_request(_sign)
     application.register_error_handler(Exception, _handle_error)
     for method, endpoint, view in (
         ("GET", wire.INFO, views.info),
@@ -93,9 +91,11 @@ class _Views:
 
     def info(self) -> Any:
         """``GET /info``"""
+        parameters = Parameters(request.query_string)
         info = wire.FileInfo(exists=False)
         try:
-            with self.open(Parameters(request.query_string).filename) as file:
+            with self.open(parameters) as file:
+                file.check_claim(parameters.run)
                 info = file.info()
         except FileMissingError as e:
             return _problem(e.http_status, str(e), self.describe(info))
@@ -104,7 +104,7 @@ class _Views:
     def hashes(self) -> Response:
         """``GET /hashes``"""
         parameters = Parameters(request.query_string)
-        block_size = parameters.integer("block_size", 1, wire.MAX_BLOCK_SIZE)
+        block_size = parameters.integer("block_size", 1, wire.MAX_BLOCK_SIZE, default=BLOCK_SIZE)
         start = parameters.integer("offset", default=0)
         if start % block_size:
             raise RequestError("The offset {start} isn't a multiple of the block size", start=start)
@@ -112,9 +112,11 @@ class _Views:
         get_hasher(method)
         executor, limit = _get_executor(os.getpid())
         concurrency = min(parameters.integer("concurrency", 1, wire.MAX_CONCURRENCY, default=1), limit)
-        file = self.open(parameters.filename)
+        checks = parameters.flag("checks")
+        file = self.open(parameters)
         stripes = hash_stripes(file, start, file.size(), block_size, method, executor, concurrency)
-        response = Response(map(wire.format_hashes, stripes), mimetype="text/plain")
+        lines = self.report_hashes(stripes) if checks else map(wire.format_hashes, stripes)
+        response = Response(lines, mimetype="text/plain")
         response.call_on_close(stripes.close)
         response.call_on_close(file.close)
         return response
@@ -122,16 +124,18 @@ class _Views:
     def read(self) -> Response:
         """``GET /blocks``"""
         parameters = Parameters(request.query_string)
-        extents = parameters.extents()
-        file = self.open(parameters.filename)
+        extents, state_digest = parameters.extents(), parameters.flag("digest")
+        send_data = parameters.flag("data", default=1)
+        file = self.open(parameters)
         if not extents:
             size = parameters.integer("size", 0, wire.MAX_BLOCK_SIZE)
             extents = [file.clip(Extent(parameters.integer("offset"), size))]
         elif max(map(sum, extents)) > file.size():
             raise RangeError("An extent lies beyond the end of the file")
-        headers = {"Content-Length": str(sum(extent.size for extent in extents))}
-        if parameters.integer("digest", 0, 1, default=0):
-            headers[wire.DIGEST_HEADER] = file.digest(extents)
+        headers = {wire.DIGEST_HEADER: file.digest(extents)} if state_digest else {}
+        if not send_data:
+            extents = []
+        headers["Content-Length"] = str(sum(extent.size for extent in extents))
         body = send_extents(request.environ, file, extents)
         response = Response(body, headers=headers, mimetype="application/octet-stream", direct_passthrough=True)
         response.call_on_close(file.close)
@@ -150,7 +154,7 @@ class _Views:
         if length != sum(extent.size for extent in extents):
             raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
         digest = request.headers.get(wire.DIGEST_HEADER, "")
-        with self.open(parameters.filename, write=True) as file:
+        with self.open(parameters, write=True) as file:
             body = read_body(request.environ, length)
             file.write(extents, body, digest and wire.check_digest(digest), parameters.run, block_size)
         return {wire.VERIFIED: bool(digest)}
@@ -160,7 +164,7 @@ class _Views:
         self.check_writable()
         parameters = Parameters(request.query_string)
         size = parameters.integer("size")
-        resize_file(parameters.filename, size, self.namespace, self.settings.devices, parameters.run)
+        resize_file(run=parameters.run, size=size, **self.locate(parameters))
         return {"size": size}
 
     def claim(self) -> Any:
@@ -168,7 +172,8 @@ class _Views:
         self.check_writable()
         parameters = Parameters(request.query_string)
         parameters.get("run")
-        claimed, info = claim_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
+        create = parameters.flag("create")
+        claimed, info = claim_file(run=parameters.run, create=create, **self.locate(parameters))
         return {wire.CLAIMED: claimed, **info.as_dict()}
 
     def release(self) -> Any:
@@ -176,33 +181,52 @@ class _Views:
         self.check_writable()
         parameters = Parameters(request.query_string)
         parameters.get("run")
-        info = release_file(parameters.filename, parameters.run, self.namespace, self.settings.devices)
+        info = release_file(run=parameters.run, **self.locate(parameters))
         return {wire.CLAIMED: False, **info.as_dict()}
 
     def sync(self) -> Response:
         """``POST /sync``"""
         self.check_writable()
-        filename = Parameters(request.query_string).filename
-        self.open(filename).close()
-        return Response(self.report_sync(filename), mimetype="text/plain")
+        parameters = Parameters(request.query_string)
+        self.open(parameters).close()
+        work = partial(sync_file, run=parameters.run, **self.locate(parameters))
+        return Response(self.report_sync(work), mimetype="text/plain")
 
-    def report_sync(self, filename: str) -> Iterator[str]:
+    def report_hashes(self, stripes: Iterator[list[BlockDigest]]) -> Iterator[bytes]:
+        """Send hashes with checks. The status has been sent before it's known whether all of the file can be read."""
+        try:
+            yield from map(wire.format_checked, stripes)
+            yield wire.DONE.encode("ascii") + b"\n"
+        except ProgramError as e:
+            logger.error("%s", e)
+            yield wire.encode_report(e).encode("ascii")
+
+    def report_sync(self, work: Callable[[], None]) -> Iterator[str]:
         """Flush a file in the background. The status has been sent before it's known how that ends."""
         with ThreadPoolExecutor(1) as executor:
-            future = executor.submit(sync_file, filename, self.namespace, self.settings.devices)
-            while not wait([future], SYNC_HEARTBEAT).done:
+            future = executor.submit(work)
+            while not wait([future], HEARTBEAT).done:
                 yield "\n"
             error = future.exception()
         if isinstance(error, ProgramError):
-            yield wire.encode_problem(error.http_status, HTTPStatus(error.http_status).phrase, str(error)) + "\n"
+            yield wire.encode_report(error)
         elif error:
             raise error
         else:
-            yield f"{wire.SYNC_DONE}\n"
+            yield f"{wire.DONE}\n"
 
-    def open(self, filename: str, write: bool = False) -> LocalFile:
+    def open(self, parameters: Parameters, write: bool = False) -> LocalFile:
         """Open the file that a request is about."""
-        return LocalFile(filename, write, self.namespace, self.settings.devices)
+        return LocalFile(write=write, flush=parameters.flag("flush"), **self.locate(parameters))
+
+    def locate(self, parameters: Parameters) -> dict[str, Any]:
+        """Where the file of a request is, and which one it has to be."""
+        return {
+            "filename": parameters.filename,
+            "namespace": self.namespace,
+            "devices": self.settings.devices,
+            "file_id": parameters.file_id,
+        }
 
     def describe(self, info: wire.FileInfo) -> dict[str, Any]:
         """Tell about a file and about this server."""
@@ -224,6 +248,17 @@ def _get_executor(pid: int) -> tuple[ThreadPoolExecutor, int]:
 def _problem(status: int, detail: str, members: dict[str, Any] | None = None) -> Response:
     title = HTTPStatus(status).phrase
     return Response(wire.encode_problem(status, title, detail, members), status, mimetype=wire.PROBLEM_TYPE)
+
+
+def _sign(response: Response) -> Response:
+    """Say to which request an answer belongs. Nobody may keep it."""
+    response.headers["Cache-Control"] = "no-store"
+    if response.is_sequence:
+        response.headers[wire.DIGEST_HEADER] = wire.digest_text(response.get_data())
+    if tag := request.headers.get(wire.REQUEST_HEADER, ""):
+        digest = response.headers.get(wire.DIGEST_HEADER, "")
+        response.headers[wire.ANSWER_HEADER] = wire.sign_answer(tag, response.status_code, digest)
+    return response
 
 
 def _handle_error(error: Exception) -> Response:

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import xxhash
 
-FEATURES = ["digest", "extents", "resume", "sync"]
+FEATURES = ["answer", "digest", "extents", "resume", "sync"]
 BEHAVIOURS: dict[str, Callable[[Handler], None]] = {}
 KILOBYTE = b"0" * 1024
 CONTROL_CHARACTERS = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\nfake: line\x00\u202e"
@@ -55,8 +55,12 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def start(self, *headers: str, status: str = "200 OK") -> None:
-        """Send a status line and headers."""
-        self.wfile.write("\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode("latin-1", "replace"))
+        """Send a status line and headers, and say to which request they belong."""
+        digest = "".join(line.partition(": ")[2] for line in headers if line.startswith("Pdiffcopy-Digest: "))
+        text = f"{self.headers.get('Pdiffcopy-Request', '')} {status.partition(' ')[0]} {digest}"
+        answer = xxhash.xxh3_128_hexdigest(text.encode())
+        lines = [f"HTTP/1.1 {status}", *headers, f"Pdiffcopy-Answer: {answer}", "", ""]
+        self.wfile.write("\r\n".join(lines).encode("latin-1", "replace"))
 
     def send(self, body: bytes, *headers: str, status: str = "200 OK") -> None:
         """Send a whole response."""
@@ -95,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_hashes(self) -> None:
         """The honest answer to ``/hashes``."""
-        self.send_chunks(b"".join(self.lines()))
+        self.send_chunks(*check(self.lines()))
 
     def wanted(self) -> int:
         """How many octets were asked for."""
@@ -126,6 +130,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send(b"done\n")
 
 
+def check(lines: list[bytes]) -> list[bytes]:
+    """A hash stream with its digest and its end."""
+    return [*lines, b"=%b\n" % xxhash.xxh3_128_hexdigest(b"".join(lines)).encode(), b"done\n"]
+
+
 def behaviour(function: Callable[[Handler], None]) -> Callable[[Handler], None]:
     """Add a behaviour under the name of its function."""
     BEHAVIOURS[function.__name__.replace("_", "-")] = function
@@ -133,7 +142,7 @@ def behaviour(function: Callable[[Handler], None]) -> Callable[[Handler], None]:
 
 
 def _add_lines(name: str, change: Callable[[list[bytes], Handler], list[bytes]]) -> None:
-    BEHAVIOURS[f"hashes-{name}"] = lambda handler: handler.send_chunks(*change(handler.lines(), handler))
+    BEHAVIOURS[f"hashes-{name}"] = lambda handler: handler.send_chunks(*check(change(handler.lines(), handler)))
 
 
 # What can be wrong with a finite hash stream.
@@ -184,6 +193,33 @@ def hashes_stall(handler: Handler) -> None:
     if "offset" not in handler.query:
         handler.send_chunk(b"".join(handler.lines()[:2]))
     handler.rfile.read(1)
+
+
+@behaviour
+def hashes_unchecked(handler: Handler) -> None:
+    """Lines without the digest that was asked for."""
+    handler.send_chunks(*handler.lines())
+
+
+@behaviour
+def hashes_wrong_check(handler: Handler) -> None:
+    """Lines with the digest of other ones."""
+    handler.send_chunks(*handler.lines(), *check([b"0\taa\n"])[1:])
+
+
+@behaviour
+def hashes_endless_heartbeat(handler: Handler) -> None:
+    """Signs of life for ever."""
+    handler.start("Transfer-Encoding: chunked")
+    while True:
+        handler.send_chunk(b"\n" * 1024)
+
+
+@behaviour
+def all_answer_to_another_request(handler: Handler) -> None:
+    """What somebody else asked for."""
+    handler.headers.replace_header("Pdiffcopy-Request", "0" * 32)
+    all_honest(handler)
 
 
 @behaviour

@@ -224,7 +224,7 @@ def test_json_is_one_object(files, server):
         "source": f"{server.origin}{source}", "target": str(target), "dry_run": False, "delta_transfer": True,
         "block_size": BLOCK, "hash_method": "sha1", "size": size, "similarity": 0.75, "verification": "verified",
         "blocks_compared": 8, "blocks_changed": 2, "bytes_compared": size, "bytes_moved": BLOCK + 100,
-        "bytes_verified": BLOCK + 100, "retries": 0,
+        "bytes_verified": BLOCK + 100, "retries": 0, "watched": True, "claimed": True,
     }  # fmt: skip
     assert "2 of 8 blocks differed" in result.stderr
 

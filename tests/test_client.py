@@ -17,6 +17,7 @@ from pdiffcopy.exceptions import (
     FileError,
     FileMissingError,
     ForbiddenError,
+    ReplacedError,
     SourceChangedError,
     TransientError,
     UsageError,
@@ -551,25 +552,26 @@ def test_source_that_changes_during_the_run_is_never_a_success(server, tmp_path,
 
 @pytest.mark.parametrize("change", ["is removed", "is replaced", "grows"])
 def test_target_that_changes_before_it_is_claimed_ends_up_right(server, tmp_path, direction, change):
-    """What counts is the target that was claimed, not what it was when the run began."""
+    """Another file isn't touched. Otherwise what counts is what was claimed, not what it was when the run began."""
     source, target = tmp_path / "source", tmp_path / "target"
     write_pattern(source, 4 * BLOCK)
     write_pattern(target, 4 * BLOCK)
+    replacement = write_pattern(tmp_path / "new", 4 * BLOCK, seed=9)
 
     def happen():
         if change == "is removed":
             target.unlink()
         elif change == "is replaced":
-            write_pattern(tmp_path / "new", 4 * BLOCK)
             os.replace(tmp_path / "new", target)
         else:
             write_pattern(target, 5 * BLOCK)
 
     client = ChangingClient(**place(server, direction, source, target), block_size=BLOCK)
     client.happening = happen
-    if change == "is removed":
-        with pytest.raises(FileError):
+    if change != "grows":
+        with pytest.raises(FileError if change == "is removed" else ReplacedError):
             client.synchronize()
+        assert change == "is removed" or target.read_bytes() == replacement
     else:
         client.synchronize()
         assert target.read_bytes() == source.read_bytes()
@@ -585,6 +587,7 @@ MOMENTS = {
     "it writes (upload)": ("upload", "request POST+/blocks middle hold"),
     "it writes (download)": ("download", "response GET+/blocks middle hold"),
     "it has written": ("upload", "response POST+/blocks 0 hold"),
+    "it looks for its claim": ("upload", "request GET+/info 0 hold=1 1 1"),
     "it ends its claim": ("upload", "request POST+/release 0 hold"),
 }
 
@@ -612,8 +615,8 @@ def test_later_run_wins(server, tmp_path, moment, fault, size):
         relay.release()
         _, stderr = process.communicate(timeout=RUN_TIMEOUT)
     assert result.returncode == 0, result.stderr
-    if "release" in fault and size == 300_000:
-        # Everything was in its place before the other run came: that's as if this one had ended before.
+    if "release" in fault:
+        # It was proven before the other run came that nobody had been there: that's as if this one had ended before.
         assert process.returncode == 0, stderr
     else:
         assert process.returncode == 1, stderr

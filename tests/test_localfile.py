@@ -226,9 +226,11 @@ def test_later_run_ends_the_earlier_one(target, later):
     with pytest.raises(TakenOverError), target.writing("aa"):
         pytest.fail("The run has no claim")
     assert snapshot_of(target) == before
+    with pytest.raises(TakenOverError):
+        target.check_claim("aa")
+    target.release("aa")
     if later == "comes":
-        with pytest.raises(TakenOverError):
-            target.release("aa")
+        target.check_claim("bb")
         write(target, "bb")
 
 

@@ -244,14 +244,18 @@ def test_resize_makes_file_and_folders(replica, path):
 
 
 def test_claim_and_release_tell_what_the_file_is(replica, path, data):
-    """Nobody has to ask for that once more. Only one run at a time has a claim."""
+    """Nobody has to ask for that once more. Only one run at a time has a claim, and none has it after its end."""
     for run in ("aa", "bb"):
         assert replica.claim(run) == (True, replica.info()[0])
+    replica.release("aa")
     with pytest.raises(TakenOverError):
-        replica.release("aa")
+        replica.info("aa")
     replica.resize(BLOCK, "bb")
-    assert replica.release("bb") == replica.info()[0]
-    assert replica.info()[0].size == BLOCK
+    assert replica.info("bb")[0].size == BLOCK
+    for _ in range(2):
+        replica.release("bb")
+    with pytest.raises(TakenOverError):
+        replica.info("bb")
 
 
 def test_claim_of_a_missing_file_is_an_error(replica, path):

@@ -13,7 +13,14 @@ import xxhash
 from pdiffcopy import pipeline
 from pdiffcopy.address import Address
 from pdiffcopy.delta import Batch
-from pdiffcopy.exceptions import DigestMismatchError, FileError, ProtocolError, TransientError, VerificationError
+from pdiffcopy.exceptions import (
+    DigestMismatchError,
+    FileError,
+    ProtocolError,
+    SourceChangedError,
+    TransientError,
+    VerificationError,
+)
 from pdiffcopy.locations import LocalReplica, Network, Reading
 from pdiffcopy.pipeline import VERIFY_ATTEMPTS, Plan, Result, find_blocks, generate_batches, transfer_batch
 from pdiffcopy.protocol import BlockDigest, Extent
@@ -58,17 +65,23 @@ class FaultyReplica(LocalReplica):
         self.flips = flips
         self.stated = []
 
+    def pinned(self, file_id, is_source=False):
+        return self
+
     @contextmanager
     def read(self, extents, state_digest):
         self.stated.append(state_digest)
         if self.errors:
             raise self.errors.pop(0)
         with super().read(extents, state_digest) as reading:
-            octets = bytearray(b"".join(map(bytes, reading.chunks)))
-            if self.flips:
-                self.flips -= 1
-                octets[0] ^= 1
-            yield Reading([bytes(octets)], reading.digest)
+            yield Reading(self.flip(reading), reading.digest)
+
+    def flip(self, reading):
+        octets = bytearray(b"".join(map(bytes, reading.chunks)))
+        if self.flips:
+            self.flips -= 1
+            octets[0] ^= 1
+        yield bytes(octets)
 
 
 @pytest.fixture
@@ -250,16 +263,34 @@ def test_blockwise_the_source_states_no_digest(plan, source):
     assert read(plan.target) == read(plan.source)
 
 
-def test_blockwise_a_source_that_changed_is_asked_for_its_digest(plan, source):
-    """What was compared isn't there any more: that's for the end of the run to find out, and no damage on the way."""
-    plan = replace(plan, method="xxh128", blockwise=True)
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[2]])
+def test_source_that_contradicts_itself_has_changed(plan, source, kind):
+    """What was compared isn't there any more, and that's no damage on the way."""
+    plan = replace(plan, **kind)
     (batch,) = generate_batches(plan)
     with open(plan.source.filename, "r+b") as handle:
         handle.seek(BLOCK)
         handle.write(b"changed meanwhile")
-    assert transfer_batch(plan, batch).retries == 1
-    assert source.stated == [False, True]
-    assert read(plan.target) == read(plan.source)
+    with pytest.raises(SourceChangedError, match="its contents"):
+        transfer_batch(plan, batch)
+
+
+def test_source_that_changes_between_its_digest_and_its_data_has_changed(plan, source, monkeypatch):
+    """It states a digest, sends something else, and states another digest when it's asked again."""
+    (batch,) = generate_batches(plan)
+    original = source.read
+
+    @contextmanager
+    def read_and_change(extents, state_digest):
+        with original(extents, state_digest) as reading:
+            with open(plan.source.filename, "r+b") as handle:
+                handle.seek(BLOCK)
+                handle.write(os.urandom(9))
+            yield reading if source.stated[1:] else replace(reading, chunks=[read(plan.source)[BLOCK : 3 * BLOCK + 10]])
+
+    monkeypatch.setattr(source, "read", read_and_change)
+    with pytest.raises(SourceChangedError, match="its contents"):
+        transfer_batch(plan, batch)
 
 
 def test_by_hashes_a_wrong_octet_never_reaches_the_target(plan, source):
@@ -343,5 +374,6 @@ def test_wrong_block_hash_is_found_at_its_place(plan, source):
             BlockDigest(BLOCK, hashlib.md5(b"something else").hexdigest()),
         ),
     )
-    with pytest.raises(DigestMismatchError, match=f"offset {BLOCK} "):
-        pipeline._transfer(replace(plan, by_hashes=True), batch)
+    with LocalReplica(plan.source.filename).read(batch.extents, False) as reading:
+        with pytest.raises(DigestMismatchError, match=f"offset {BLOCK} "):
+            pipeline._transfer(replace(plan, by_hashes=True), batch, reading)

@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+import xxhash
 
 from pdiffcopy import remote
 from pdiffcopy.address import Address
@@ -27,7 +28,7 @@ from pdiffcopy.exceptions import (
 )
 from pdiffcopy.localfile import LocalFile
 from pdiffcopy.locations import LocalReplica, Network, Reading
-from pdiffcopy.protocol import FEATURES, Extent
+from pdiffcopy.protocol import FEATURE_ANSWER, FEATURES, Extent, parse_checked
 from pdiffcopy.remote import RemoteReplica
 from tests.support import find_free_port
 
@@ -48,8 +49,15 @@ def answer(status: int = 200, body: bytes = b"", length: int | None = None, **he
 
 
 def describe(size: int = 10, **server) -> bytes:
-    """An answer to ``/info``."""
-    return answer(body=json.dumps({"size": size, "server": {"features": sorted(FEATURES), **server}}).encode())
+    """An answer to ``/info`` (of a server that doesn't say to which request it belongs, since it doesn't look)."""
+    features = sorted(FEATURES - {FEATURE_ANSWER})
+    return answer(body=json.dumps({"size": size, "server": {"features": features, **server}}).encode())
+
+
+def check(*lines: bytes) -> bytes:
+    """A hash stream with its digest and its end."""
+    text = b"".join(lines)
+    return text + b"=%b\ndone\n" % xxhash.xxh3_128_hexdigest(text).encode()
 
 
 def problem(status: int, detail: str) -> bytes:
@@ -129,11 +137,11 @@ def test_requests_are_spelled_the_frozen_way():
         replica.write([Extent(7, 4)], Reading([b"da", b"ta"]))
         replica.resize(9)
     first, second, third = requests
-    assert first.startswith(b"GET /blocks?filename=%2Fthe+file&offset=5&size=10 HTTP/1.1\r\n")
-    assert second.startswith(b"POST /blocks?filename=%2Fthe+file&offset=7 HTTP/1.1\r\n")
+    assert first.startswith(b"GET /blocks?filename=%2Fthe+file&offset=5&size=10&nonce=")
+    assert second.startswith(b"POST /blocks?filename=%2Fthe+file&offset=7&nonce=")
     assert b"Content-Length: 4\r\n" in second and second.endswith(b"\r\n\r\ndata")
     assert b"chunked" not in second
-    assert third.startswith(b"POST /resize?filename=%2Fthe+file&size=9 HTTP/1.1\r\n")
+    assert third.startswith(b"POST /resize?filename=%2Fthe+file&size=9&nonce=")
     assert b"Pdiffcopy-Digest" not in second
 
 
@@ -257,8 +265,36 @@ def test_malformed_digest_is_refused():
 )  # fmt: skip
 def test_impossible_hashes_are_refused(lines):
     """Missing, repeated, cut, misplaced, of different lengths, malformed: none of it is believed."""
-    with canned(describe(), answer(body=lines)) as (replica, _), pytest.raises(ProtocolError):
+    for features, body in ([], lines), (["resume"], lines), (["resume"], check(lines)):
+        with canned(describe(features=features), answer(body=body)) as (replica, _):
+            with pytest.raises((ProtocolError, TransientError)):
+                list(replica.hashes(10, 5, "md5", 1))
+    assert list(parse_checked([check(b"0\taa\n", b"5\tbb\n")])) == [(0, "aa"), (5, "bb")]
+
+
+def test_damaged_hashes_are_asked_for_again():
+    """A digit that arrived wrong would have a block moved that is equal, or one left alone that isn't."""
+    damaged = answer(body=check(b"0\taa\n", b"5\tbb\n").replace(b"bb", b"bc"))
+    with canned(describe(), damaged, answer(body=check(b"0\taa\n", b"5\tbb\n")), retries=1) as (replica, requests):
+        assert list(replica.hashes(10, 5, "md5", 1)) == ["aa", "bb"]
+    assert len(requests) == 3
+
+
+def test_hashes_that_end_with_a_problem_tell_the_reason():
+    """The status had been sent before the disk turned out to be bad."""
+    body = b'0\taa\n\n{"status": 507, "detail": "no room"}\n'
+    with canned(describe(), answer(body=body)) as (replica, _), pytest.raises(DiskFullError, match="no room"):
         list(replica.hashes(10, 5, "md5", 1))
+
+
+def test_answer_to_another_request_is_not_believed():
+    """Errors included: it's asked again, on another connection."""
+    features = sorted(FEATURES)
+    told = answer(body=json.dumps({"size": 10, "server": {"features": features}}).encode())
+    for foreign in (told, answer(body=b'{"size": 10}', Pdiffcopy_Answer="0" * 32), answer(404, Pdiffcopy_Answer="0")):
+        with canned(foreign, describe(), retries=1) as (replica, requests):
+            assert replica.info()[0].exists
+        assert len(requests) == 2
 
 
 def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
@@ -276,10 +312,12 @@ def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
 
 def test_hashes_go_on_where_they_broke_off():
     """What is known isn't hashed again by a server that can resume, and is skipped for one that can't."""
-    first = answer(body=b"0\taa\n5\tbb\n", length=100)
-    with canned(describe(20), first, answer(body=b"10\tcc\n15\tdd\n"), retries=1) as (replica, requests):
+    first = answer(body=check(b"0\taa\n", b"5\tbb\n")[:-5], length=100)
+    rest = answer(body=check(b"10\tcc\n", b"15\tdd\n"))
+    with canned(describe(20), first, rest, retries=1) as (replica, requests):
         assert list(replica.hashes(20, 5, "md5", 1)) == ["aa", "bb", "cc", "dd"]
-    assert b"&offset=10 " in requests[2].splitlines()[0]
+    assert b"&offset=10&" in requests[2].splitlines()[0]
+    first = answer(body=b"0\taa\n5\tbb\n", length=100)
     everything = answer(body=b"15\tdd\n10\tcc\n5\tbb\n0\taa\n")
     with canned(describe(20, features=[]), first, everything, retries=1) as (replica, requests):
         assert list(replica.hashes(20, 5, "md5", 1)) == ["aa", "bb", "cc", "dd"]
@@ -340,14 +378,22 @@ def test_flush_that_is_done(body):
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"),
-    [(b"", "Insufficient"), (b"\n\n", "Insufficient"), (b"\n" + b'{"detail": "no room"}\n', "no room"),
-     (b"done\nnot\n", "Insufficient")],
+    ("body", "kind", "reason"),
+    [(b"", ProtocolError, "isn't one"), (b"\n\n", ProtocolError, "isn't one"), (b"done\nnot\n", ProtocolError, "isn't"),
+     (b'\n{"status": 507, "detail": "no room"}\n', DiskFullError, "no room"), (b'{"detail": "x"}', RemoteError, "x")],
 )  # fmt: skip
-def test_flush_that_is_not_done_is_an_error(body, reason):
+def test_flush_that_is_not_done_is_an_error(body, kind, reason):
     """The status had been sent before it was known: it's the last line that counts."""
-    with canned(answer(body=body)) as (replica, _), pytest.raises(DiskFullError, match=reason):
+    with canned(answer(body=body)) as (replica, _), pytest.raises(kind, match=reason):
         replica.sync()
+
+
+@pytest.mark.parametrize("failure", [b"", answer(503), answer(504), answer(body=b"\n", length=10)])
+def test_flush_of_unknown_outcome_has_failed(failure):
+    """The answer that got lost may have been the only one to tell that the disk failed: it isn't asked for again."""
+    with canned(failure, retries=5) as (replica, requests), pytest.raises(RemoteError, match="isn't known"):
+        replica.sync()
+    assert len(requests) == 1
 
 
 def test_connections_belong_to_a_process(monkeypatch):

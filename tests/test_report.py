@@ -128,6 +128,8 @@ def test_report_as_json():
         "size": 10 * MIB,
         "similarity": 0.8,
         "verification": "verified",
+        "watched": True,
+        "claimed": True,
         "elapsed": 2.0,
         "blocks_compared": 10,
         "blocks_changed": 2,

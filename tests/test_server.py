@@ -106,6 +106,13 @@ def test_hashes_of_an_empty_file_are_empty(ask, tmp_path):
     assert (response.status_code, response.content) == (200, b"")
 
 
+def test_hashes_without_a_block_size_are_of_mebibytes(ask, tmp_path):
+    """That's what version 1.0.1 answered."""
+    write_pattern(tmp_path / "file", 2**20 + 1)
+    response = ask("GET", "hashes", filename=tmp_path / "file", method="md5", concurrency=1)
+    assert [line.split("\t")[0] for line in response.text.splitlines()] == ["0", str(2**20)]
+
+
 def test_hashes_can_begin_later(ask, path):
     """A stream that broke off is resumed at an offset."""
     params = {"filename": path, "block_size": BLOCK, "method": "sha1"}
@@ -246,27 +253,37 @@ def test_extents_have_to_fit_the_body(ask, path):
 def get_file(ask, path) -> dict:
     """What the server says of a file, but not of itself."""
     info = ask("GET", "info", filename=path).json()
-    del info["server"]
-    return info
+    return {name: value for name, value in info.items() if name not in ("server", "settles_ms")}
+
+
+def claim(ask, endpoint, path, run) -> dict:
+    """What the server says of a claim, but for what becomes less from one moment to the next."""
+    document = ask("POST", endpoint, filename=path, run=run).json()
+    assert 0 <= document.pop("settles_ms") <= 2000
+    return document
 
 
 def test_run_that_has_lost_its_claim_is_423(ask, path):
     """A later run ends an earlier one: nothing that comes with its name changes anything any more."""
-    assert ask("POST", "claim", filename=path, run="aa").json() == {"claimed": True, **get_file(ask, path)}
+    assert claim(ask, "claim", path, "aa") == {"claimed": True, **get_file(ask, path)}
     assert ask("POST", "blocks", b"first", filename=path, offset=0, run="aa").status_code == 200
     assert ask("POST", "resize", filename=path, size=BLOCK, run="aa").status_code == 200
-    assert ask("POST", "claim", filename=path, run="bb").json() == {"claimed": True, **get_file(ask, path)}
+    assert claim(ask, "claim", path, "bb") == {"claimed": True, **get_file(ask, path)}
     before = snapshot(path)
-    for endpoint, body, params in (
-        ("blocks", b"second", {"offset": 0}),
-        ("resize", None, {"size": 1}),
-        ("release", None, {}),
+    for verb, endpoint, body, params in (
+        ("POST", "blocks", b"second", {"offset": 0}),
+        ("POST", "resize", None, {"size": 1}),
+        ("POST", "sync", None, {}),
+        ("GET", "info", None, {}),
     ):
-        response = ask("POST", endpoint, body, filename=path, run="aa", **params)
+        response = ask(verb, endpoint, body, filename=path, run="aa", **params)
+        if endpoint == "sync":  # the status had been sent before it was known
+            assert response.json()["status"] == 423
+            continue
         assert "another run has taken it over" in assert_problem(response, 423)
     assert snapshot(path) == before
     for _ in range(2):
-        assert ask("POST", "release", filename=path, run="bb").json() == {"claimed": False, **get_file(ask, path)}
+        assert claim(ask, "release", path, "bb") == {"claimed": False, **get_file(ask, path)}
     assert os.listxattr(path) == []
     for run in ("aa", "bb"):
         assert_problem(ask("POST", "blocks", b"x", filename=path, offset=0, run=run), 423)
@@ -326,7 +343,6 @@ MISTAKES = [
     # Missing.
     ("GET", "info", {"filename": None}, 400),
     ("GET", "hashes", {**HASH, "filename": None}, 400),
-    ("GET", "hashes", {**HASH, "block_size": None}, 400),
     ("GET", "hashes", {**HASH, "method": None}, 400),
     ("GET", "blocks", {**READ, "filename": None}, 400),
     ("GET", "blocks", {**READ, "offset": None}, 400),
@@ -447,6 +463,7 @@ def test_wrong_verbs_are_405(ask, path, verb, endpoint, allowed):
 
 def test_head_has_the_headers_of_get(ask, path):
     """A HEAD request costs no body."""
+    wait_for(lambda: ask("GET", "info", filename=path).json()["settles_ms"] == 0, what="a time that tells of changes")
     for endpoint, params in (("info", {}), ("blocks", {"offset": 0, "size": BLOCK, "digest": 1})):
         head, get = (ask(verb, endpoint, filename=path, **params) for verb in ("HEAD", "GET"))
         assert (head.status_code, head.content) == (200, b"")

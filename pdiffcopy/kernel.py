@@ -1,0 +1,60 @@
+"""Which system calls does the program need that Python doesn't have?"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+OVERLAY = 0x794C7630
+"""The type of an overlay file system (``OVERLAYFS_SUPER_MAGIC`` in linux/magic.h)."""
+
+_WRITE_AND_WAIT = 0x1 | 0x2 | 0x4
+"""``SYNC_FILE_RANGE_WAIT_BEFORE | _WRITE | _WAIT_AFTER`` (linux/fs.h)."""
+_WINDOW = 1024**3
+"""How much of a file is mapped at a time, in bytes."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+
+
+def get_file_system(fd: int) -> int:
+    """The type of the file system that an open file is in (``f_type`` of statfs(2), the first member)."""
+    status = (ctypes.c_long * 64)()
+    _check(_libc.fstatfs(fd, status))
+    return status[0]
+
+
+def write_back(fd: int, offset: int, size: int) -> None:
+    """
+    Wait until a part of a file has no dirty pages (sync_file_range(2)), which takes a moment where there are none.
+
+    Whoever has mapped such a page faults when writing to it the next time, and that moves the time of the file.
+    """
+    if get_file_system(fd) == OVERLAY:  # it has no pages of its own, and doesn't pass the call on
+        os.fdatasync(fd)
+    else:
+        _check(_libc.sync_file_range(fd, offset, size, _WRITE_AND_WAIT))
+
+
+def count_cached_pages(fd: int, size: int) -> int:
+    """How many pages of a file of the given size (in bytes) are in the page cache (mincore(2))."""
+    count = 0
+    for offset in range(0, size, _WINDOW):
+        length = min(_WINDOW, size - offset)
+        # A private mapping may be writable whatever the file is, and ctypes wants that to tell where it is.
+        with mmap.mmap(fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as view:
+            pages = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
+            anchor = ctypes.c_char.from_buffer(view)
+            try:
+                _check(_libc.mincore(ctypes.addressof(anchor), length, pages))
+            finally:
+                del anchor
+            count += sum(page & 1 for page in pages.raw)
+    return count
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
