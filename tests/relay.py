@@ -3,7 +3,8 @@ What does a bad network do to HTTP, at exactly which byte?
 
 A TCP relay on loopback between a client and a server. It passes everything on, knows where each request and each
 response begins, and does what it was told at a byte of them: reset or close the connection, stall, delay, corrupt,
-duplicate or drop octets, hold them until a line arrives on stdin, or answer in the server's place. ``python -m
+duplicate or drop octets, hold them until a line arrives on stdin, answer in the server's place, or answer the next
+request with the same once more. ``python -m
 tests.relay --help`` explains its arguments; it prints the port that it listens on and then one line for each fault
 that hit, so that a test can tell that its fault took place. It ends with its stdin.
 
@@ -24,7 +25,7 @@ import time
 from dataclasses import dataclass, field
 
 LOOPBACK = "127.0.0.1"
-ACTIONS = ("reset", "close", "stall", "delay", "hold", "corrupt", "duplicate", "drop", "answer")
+ACTIONS = ("reset", "close", "stall", "delay", "hold", "corrupt", "duplicate", "drop", "answer", "repeat")
 CHUNKED_MIDDLE = 300
 """Where the "middle" of a body of unknown length is taken to be."""
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -144,6 +145,7 @@ class Connection:
         self.client = client
         self.server: socket.socket | None = None
         self.response = Message([])
+        self.record = self.repetition = b""
         self.broken = threading.Event()
 
     def run(self) -> None:
@@ -172,6 +174,7 @@ class Connection:
                         message = self.response
                         if message.is_complete:  # more than was announced
                             message = Message([])
+                    self.record += data if any(fault.action == "repeat" for fault in message.faults) else b""
                     count, fault = message.advance(data)
                     self.relay.throttle(count)
                     destination.sendall(data[:count])
@@ -186,12 +189,17 @@ class Connection:
 
     def _begin(self, data: bytes) -> Message:
         """A new request: a client sends its first line in one piece."""
+        if self.repetition:
+            self.client.sendall(self.repetition)
+            self.repetition = b""
         line = data.partition(b"\r\n")[0]
         claimed = [fault for fault in self.relay.faults if fault.claim(line)]
         self.response = Message([fault for fault in claimed if fault.side == "response"])
         return Message([fault for fault in claimed if fault.side == "request"])
 
     def _hit(self, fault: Fault, destination: socket.socket, data: bytes) -> bytes:
+        if fault.action == "hold":
+            self.relay.released.clear()
         self.relay.report(fault)
         size = int(fault.value)
         if fault.action == "reset":
@@ -212,6 +220,8 @@ class Connection:
             return bytes(octet ^ 1 for octet in data[:size]) + data[size:]
         elif fault.action == "duplicate":
             destination.sendall(data[:size])
+        elif fault.action == "repeat":
+            self.repetition, self.record = self.record, b""
         elif fault.action == "drop":
             return data[size:]
         return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -195,6 +196,25 @@ def loop_device(image: Path) -> Iterator[str]:
         yield name
     finally:
         subprocess.run(["losetup", "--detach", name], check=True)
+
+
+@contextmanager
+def ext4(image: Path, folder: Path, *options: str, size: int = 16 * 2**20) -> Iterator[Path]:
+    """Make a file system in a file, and mount it. The test is skipped where that isn't possible."""
+    folder.mkdir(exist_ok=True)
+    if not image.exists():
+        with image.open("wb") as handle:
+            handle.truncate(size)
+        if not shutil.which("mkfs.ext4"):
+            pytest.skip("mkfs.ext4 isn't installed")
+        subprocess.run(["mkfs.ext4", "-q", "-F", *options, str(image)], check=True)
+    command = ["mount", "-o", "loop", str(image), str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can't be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextmanager

@@ -587,7 +587,7 @@ MOMENTS = {
     "it writes (upload)": ("upload", "request POST+/blocks middle hold"),
     "it writes (download)": ("download", "response GET+/blocks middle hold"),
     "it has written": ("upload", "response POST+/blocks 0 hold"),
-    "it looks for its claim": ("upload", "request GET+/info 0 hold=1 1 1"),
+    "it looks for its claim": ("upload", "request GET+/info 0 hold 1 1"),
     "it ends its claim": ("upload", "request POST+/release 0 hold"),
 }
 
