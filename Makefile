@@ -1,10 +1,12 @@
 # The front door for developers: what CI does, and everything that leads up to it.
 #
 # Each target sets up what it needs in a virtual environment, which takes a minute once and nothing after that. The
-# variable PYTHON chooses another interpreter (make test PYTHON=python3.12), VENV another place.
+# variable PYTHON chooses another interpreter (make test PYTHON=python3.12), VENV another place, COUNT how many rounds
+# there are of make torture.
 
 PYTHON ?= python3
 VENV ?= .venv
+COUNT ?= 200
 BIN := $(VENV)/bin
 PROGRAM := $(VENV)/.stamp-program
 
@@ -41,7 +43,7 @@ benchmark: $(VENV)/.stamp-tests ## Compare with rsync and with the limits of thi
 	@$(BIN)/python -m benchmarks
 
 torture: $(VENV)/.stamp-tests ## Attack random runs at random moments, for a long time
-	@$(BIN)/python -m tests.torture
+	@$(BIN)/python -m tests.torture --count $(COUNT)
 
 clean: ## Remove whatever was made here, the virtual environment included
 	rm -rf $(VENV) .tox .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis htmlcov

@@ -94,6 +94,22 @@ def start_server(
     return server
 
 
+def start_server_of_boot(folder: Path, boot: str, port: int) -> Server:
+    """Start a server on a machine that seems to have been started anew. The test is skipped where that can't be."""
+    identity, log = folder / boot, folder / f"{boot}.log"
+    identity.write_text(f"{boot}\n")
+    command = (
+        f"mount --bind '{identity}' /proc/sys/kernel/random/boot_id"
+        f" && exec '{sys.executable}' -m pdiffcopy --listen 127.0.0.1:{port}"
+    )
+    with log.open("wb") as handle:
+        process = subprocess.Popen(["unshare", "-m", "sh", "-c", command], stdout=handle, stderr=handle)
+    wait_for(lambda: can_connect(port) or process.poll() is not None, what="the server")
+    if process.poll() is not None:
+        pytest.skip(f"a name space can't be made here: {log.read_text()}")
+    return Server(process, port, log)
+
+
 def run_pdiffcopy(*arguments: os.PathLike | str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
     """Run ``pdiffcopy`` in a process of its own. The result has ``returncode``, ``stdout`` and ``stderr`` (text)."""
     command = [sys.executable, "-m", "pdiffcopy", *map(os.fspath, arguments)]
