@@ -271,7 +271,7 @@ class RemoteReplica(Replica):
             ) as response:  # fmt: skip
                 _check_head(response)
                 is_signed = self._check_answer(tag, response)
-                if response.status_code not in expect:
+                if response.status_code not in expect or (response.status_code >= 400 and not is_signed):
                     detail = decode_problem(_read_document(response))
                     self._fail(f"{verb} {endpoint}", response.status_code, detail, is_signed)
                 yield response

@@ -297,6 +297,15 @@ def test_answer_to_another_request_is_not_believed():
         assert len(requests) == 2
 
 
+def test_error_of_a_proxy_says_nothing_of_the_file():
+    """A server that signs its answers hasn't said that there is no such file."""
+    with canned(describe(), answer(404, b"<h1>Not here</h1>")) as (replica, _):
+        replica.info()
+        with pytest.raises(RemoteError) as info:
+            replica.pinned("1:1").info()
+        assert type(info.value) is RemoteError
+
+
 def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
     """The file is longer there, which is no mistake; more lines than its size allows are one."""
     with canned(describe(20, features=[]), answer(body=b"15\tdd\n5\tbb\n0\taa\n10\tcc\n")) as (replica, _):
