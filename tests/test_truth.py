@@ -480,6 +480,16 @@ def test_next_run_after_a_failed_flush_believes_the_disk(server, tmp_path, direc
         assert target.read_bytes() == data
 
 
+def test_cache_is_dropped_at_once_after_a_failed_flush(tmp_path):
+    """Whether there is a claim or not, so that whoever compares next sees what the disk has."""
+    with failing_disk(tmp_path) as (disk, _), LocalFile(str(disk / "target"), write=True) as file:
+        file.write([(0, 8 * 2**20)], [make_data(8 * 2**20)])
+        assert kernel.count_cached_pages(file.fd, 8 * 2**20) > 0
+        with pytest.raises(FileError, match="flush"):
+            file.sync()
+        assert kernel.count_cached_pages(file.fd, 8 * 2**20) == 0
+
+
 def test_mark_of_a_flush_that_was_killed_is_kept_until_the_cache_is_dropped(tmp_path):
     """Whoever claims the file next drops what the cache has of it, or fails when that can't be done."""
     path = tmp_path / "file"
