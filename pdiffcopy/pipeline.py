@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -48,6 +48,8 @@ from pdiffcopy.retry import Patience
 
 SMALLEST_BATCH = 1024 * 1024
 """How many bytes are transferred as a whole, however often that fails."""
+ASK_AFTER = 2
+"""After how many failures in a row the source is asked whether it can read what it sends."""
 VERIFY_ATTEMPTS = 3
 """How often that is done before a difference is believed to be there to stay."""
 
@@ -183,6 +185,10 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
             return mismatches
         except TransientError as e:
             patience.failed(e)
+            if patience.failures == ASK_AFTER and plan.source_id and not plan.states_digests:
+                # A server that can't read its disk can only end the connection when it has begun to answer.
+                with suppress(TransientError):
+                    open_source(plan).digest(batch.extents)
         except DigestMismatchError as e:
             mismatches += 1
             if not plan.by_hashes or mismatches == VERIFY_ATTEMPTS:  # an old server would hash all of the file

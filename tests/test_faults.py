@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import uuid
@@ -22,6 +24,7 @@ from tests.support import (
     can_connect,
     children_of,
     error_lines,
+    ext4,
     find_free_port,
     is_alive,
     make_data,
@@ -561,6 +564,30 @@ def test_two_clients_at_one_target(server, tmp_path, direction):
     assert process.returncode in (0, 1)
     check_error(process.returncode, stderr)
     assert pair.is_equal()
+
+
+@pytest.fixture
+def bad_disk(tmp_path):
+    """A file system with a file of 4 MiB, the end of which can't be read."""
+    with ext4(tmp_path / "image", tmp_path / "disk", "-O", "^has_journal", size=32 * MEBIBYTE) as disk:
+        (disk / "file").write_bytes(make_data(4 * MEBIBYTE))
+        os.sync()
+        with (disk / "file").open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            place = fcntl.ioctl(handle.fileno(), 1, struct.pack("i", 800))  # FIBMAP (linux/fs.h): a block of the disk
+        os.truncate(tmp_path / "image", struct.unpack("i", place)[0] * os.statvfs(disk).f_bsize)
+        yield disk / "file"
+
+
+@pytest.mark.parametrize("options", [(), ("-W",), ("-W", "--no-verify"), ("-m", "xxh128")], ids=" ".join)
+def test_disk_that_can_not_be_read_is_named(server, tmp_path, bad_disk, options):
+    """Not after many retries, and not as an internal error, whenever the server finds out."""
+    target = tmp_path / "target"
+    target.write_bytes(bytes(4 * MEBIBYTE))
+    for source in (f"127.0.0.1:{server.port}{bad_disk}", str(bad_disk)):
+        result = run_client(*options, source, str(target))
+        assert result.returncode == 1
+        assert "Input/output error" in error_lines(result)[0], result.stderr
 
 
 # Waiting has an end {{{1
