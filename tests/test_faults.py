@@ -606,6 +606,17 @@ def test_stalled_peer_ends_in_an_error(tmp_path, behaviour, role):
     assert "no sign of life for 0.3 seconds" in error_lines(result)[0]
 
 
+def test_slow_work_is_no_silence(launch, tmp_path):
+    """A server that hashes a large block longer than --timeout tells meanwhile that it is at it."""
+    server = launch(setup="import pdiffcopy.hashing; pdiffcopy.hashing.HEARTBEAT = 0.05")
+    for name in ("source", "target"):
+        with (tmp_path / name).open("wb") as handle:
+            handle.truncate(256 * MEBIBYTE)
+    options = "-b", "256MiB", "-m", "sha3_512", "--timeout", "1", "--retries", "0"
+    result = run_client(*options, server.location(tmp_path / "source"), str(tmp_path / "target"))
+    assert result.returncode == 0, result.stderr
+
+
 # To the disk {{{1
 
 
