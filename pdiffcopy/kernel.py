@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -32,10 +33,9 @@ def write_back(fd: int, offset: int, size: int) -> None:
 
     Whoever has mapped such a page faults when writing to it the next time, and that moves the time of the file.
     """
-    if get_file_system(fd) == OVERLAY:  # it has no pages of its own, and doesn't pass the call on
+    # An overlay has no pages of its own, and doesn't pass the call on. A sandbox may not know it.
+    if get_file_system(fd) == OVERLAY or not _write_range(fd, offset, size):
         os.fdatasync(fd)
-    else:
-        _check(_libc.sync_file_range(fd, offset, size, _WRITE_AND_WAIT))
 
 
 def count_cached_pages(fd: int, size: int) -> int:
@@ -53,6 +53,16 @@ def count_cached_pages(fd: int, size: int) -> int:
                 del anchor
             count += sum(page & 1 for page in pages.raw)
     return count
+
+
+def _write_range(fd: int, offset: int, size: int) -> bool:
+    try:
+        _check(_libc.sync_file_range(fd, offset, size, _WRITE_AND_WAIT))
+        return True
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+        return False
 
 
 def _check(result: int) -> None:
