@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 from pdiffcopy import DEFAULT_PORT
-from pdiffcopy.exceptions import UsageError
+from pdiffcopy.exceptions import LocationError, UsageError
 
 
 class Address(NamedTuple):
@@ -33,15 +33,18 @@ class Address(NamedTuple):
     @property
     def origin(self) -> str:
         """Scheme, host and port, as a URL starts with them."""
-        return f"{self.scheme}://{join_host_port(self.hostname, self.port)}"
+        return f"{self.scheme}://{join_host_port(self.hostname.replace('%', '%25'), self.port)}"
 
     def url(self, endpoint: str, **params: Any) -> str:
         """The URL of an endpoint for this file."""
         query = {"filename": os.fsencode(self.filename), **params}
-        return f"{self.origin}/{endpoint}?{urlencode(query)}"
+        # The zone of an IPv6 address means something to this machine only: the connection knows it.
+        host = join_host_port(self.hostname.partition("%")[0], self.port)
+        return f"{self.scheme}://{host}/{endpoint}?{urlencode(query)}"
 
 
 _SHORT_FORM = re.compile(r"(?P<host>\[[^/\[\]]*\]|[^/:\[\]]+):(?P<port>[^/:]*)(?P<filename>/.*)", re.DOTALL)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|(?P<v6>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(%[A-Za-z0-9._-]+)?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
@@ -51,45 +54,56 @@ def parse_location(expression: str) -> Address:
     Find out where a file is.
 
     :param expression: ``http://host:port/path`` or ``https://...`` (percent-encoded), ``host:port/path``,
-                       ``host:/path``, ``[v6]:port/path`` (literal), or the pathname of a local file.
-    :raises: :exc:`.UsageError` when it looks like something remote but can't be.
+                       ``host:/path``, ``[v6]:port/path`` (literal), or the pathname of a local file. One with a colon
+                       before its first slash begins with ``./``, so that it can't be meant for something remote.
+    :raises: :exc:`.LocationError` when it looks like something remote but can't be.
     """
     if not expression or "\0" in expression:
-        raise UsageError("A location can't be empty or contain NUL bytes: {value}", value=repr(expression))
-    if expression.lower().startswith(("http://", "https://")):
+        raise LocationError("A location can't be empty or contain NUL bytes: {value}", value=repr(expression))
+    if scheme := _SCHEME.match(expression):
+        if scheme[0].lower() not in ("http", "https"):
+            text = "{value}: there is no scheme {scheme}, use http or https (or ./{value} for a local file)"
+            raise LocationError(text, value=expression, scheme=scheme[0])
         return _parse_url(expression)
     match = _SHORT_FORM.fullmatch(expression)
     if match and (match["port"] == "" or match["port"].isdecimal()):
         host, port = match["host"].strip("[]"), match["port"] or DEFAULT_PORT
         filename = _check_filename(match["filename"], expression)
         return Address(filename, _check_host(host, expression), _check_port(port, expression))
+    if ":" in expression.partition("/")[0]:
+        raise LocationError(
+            "{value} could be a local file or a remote one: write host:/path or host:port/path (with the whole path) "
+            "for a file behind a server, ./{value} for a local file",
+            value=expression,
+        )
     return Address(expression)
 
 
 def _parse_url(expression: str) -> Address:
     try:
-        parts = urlsplit(expression)
+        parts = urlsplit(expression.replace(" ", "%20"))
         host, port = parts.hostname or "", parts.port
     except ValueError as e:
-        raise UsageError("{value} isn't a valid URL: {reason}", value=expression, reason=e) from None
-    if any(character.isspace() for character in expression):
-        raise UsageError("{value} isn't a valid URL: write %20 for a space", value=expression)
+        raise LocationError("{value} isn't a valid URL: {reason}", value=expression, reason=e) from None
+    if any(character.isspace() for character in expression.replace(" ", "")):
+        raise LocationError("{value} isn't a valid URL: write %0A for a newline, and so on", value=expression)
     if parts.query or parts.fragment or expression.endswith(("?", "#")):
-        raise UsageError(
+        raise LocationError(
             "{value} has a query or a fragment: in a name, write %3F for ? and %23 for #", value=expression
         )
     if "@" in parts.netloc:
-        raise UsageError("A URL can't carry a password or a user name: use --token-file")
+        raise LocationError("A URL can't carry a password or a user name: use --token-file")
     filename = _check_filename(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))), expression)
     port = DEFAULT_PORT if port is None else _check_port(port, expression)
-    return Address(filename, _check_host(host, expression), port, parts.scheme)
+    # The percent sign before the zone of an IPv6 address is encoded in a URL (RFC 6874), though not everybody does it.
+    return Address(filename, _check_host(host.replace("%25", "%", 1), expression), port, parts.scheme)
 
 
 def _check_filename(filename: str, expression: str) -> str:
     if filename in ("", "/"):
-        raise UsageError("{value} names a server but no file: add the path of the file", value=expression)
+        raise LocationError("{value} names a server but no file: add the path of the file", value=expression)
     if "\0" in filename:
-        raise UsageError("{value} isn't valid: no file has a NUL byte in its name", value=expression)
+        raise LocationError("{value} isn't valid: no file has a NUL byte in its name", value=expression)
     return filename
 
 
@@ -100,12 +114,15 @@ def _check_host(host: str, expression: str) -> str:
             return host
     except ValueError:
         pass
-    raise UsageError("{value} isn't a valid location: {host} can't be a host name", value=expression, host=host)
+    if "@" in host:
+        text = "{value}: a location has no user, write {host}:/path (the server runs as the user that started it)"
+        raise LocationError(text, value=expression, host=host.rpartition("@")[2])
+    raise LocationError("{value} isn't a valid location: {host} can't be a host name", value=expression, host=host)
 
 
 def _check_port(port: int | str, expression: str) -> int:
     if not _PORT.fullmatch(str(port)) or int(port) >= 2**16:
-        raise UsageError("{value} isn't valid: a port is a number from 1 to 65535", value=expression)
+        raise LocationError("{value} isn't valid: a port is a number from 1 to 65535", value=expression)
     return int(port)
 
 

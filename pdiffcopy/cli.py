@@ -6,7 +6,8 @@ the blocks that differ are moved, many at a time.
 
 SOURCE is read, TARGET is written. Each is the pathname of a local file, or the location of a file behind a pdiffcopy
 server: 'host:/path', 'host:port/path', '[v6]:port/path' (as it is) or 'http://host:port/path', 'https://...'
-(percent-encoded). The default port is 8080. Write './host:8080/x' for a local file of that name.
+(percent-encoded). The default port is 8080. A local file with a colon before the first slash of its name is written
+'./host:8080/x'.
 
 Without SOURCE and TARGET the server is started.
 

@@ -147,9 +147,18 @@ class Client(PropertyManager):
             with self._watching_source(source, plan):
                 result, claimed = self._scan(plan), False
         else:
-            result, claimed = self._update(source, target, plan, generate_batches)
-        elapsed = time.monotonic() - started
-        report = Report(plan, result, self.dry_run, self.verify, elapsed, source.tells_time, claimed)
+            result, claimed, target = self._update(source, target, plan, generate_batches)
+        report = Report(
+            plan,
+            result,
+            self.dry_run,
+            self.verify,
+            time.monotonic() - started,
+            watched=source.tells_time,
+            claimed=claimed,
+            cut=max(0, target.size - source.size) if target.resizable else 0,
+            grown=max(0, source.size - target.size) if target.exists else 0,
+        )
         logger.log(logging.WARNING if report.reservations else logging.INFO, "%s", report)
         return report
 
@@ -224,6 +233,9 @@ class Client(PropertyManager):
     def _check_options(self) -> None:
         if not (self.source and self.target):
             raise UsageError("A client needs a source and a target")
+        for location in (self.source, self.target):
+            if location.filename.endswith("/"):
+                raise UsageError("{label} names a folder: add the name of the file", label=location.label)
         if not 0 < self.block_size <= MAX_BLOCK_SIZE:
             raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
         if not 0 < self.concurrency <= MAX_CONCURRENCY:
@@ -278,12 +290,13 @@ class Client(PropertyManager):
 
     def _update(
         self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[..., Iterable[Batch]]
-    ) -> tuple[Result, bool]:
+    ) -> tuple[Result, bool, FileInfo]:
         """
         Bring the target into line: grow it, change it, cut it, and look whether all is as it should be.
 
-        :returns: What was done, and whether the target was claimed.
+        :returns: What was done, whether the target was claimed, and what it was then (or before it was created).
         """
+        before = target
         with self._watching_source(source, plan):
             # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier one
             # may have resized the target until now.
@@ -307,7 +320,7 @@ class Client(PropertyManager):
             self._check_target(source, target, replica.info(plan.run)[0])
         if claimed:
             self._release(replica, plan)
-        return result, claimed
+        return result, claimed, target if before.exists else before
 
     def _release(self, replica: Replica, plan: Plan) -> None:
         """End a claim. One that stays behind does no harm, so the run is a success whatever becomes of that."""

@@ -105,9 +105,24 @@ _POOLS = {"http": _Pool, "https": _SecurePool}
 
 class _Adapter(HTTPAdapter):
     def __init__(self, host: str):
+        self.host = host
         self.socket_options = [*HTTPConnection.default_socket_options, *get_socket_options(host)]
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, socket_options=self.socket_options, **options)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
+        self.poolmanager.pool_classes_by_scheme = _make_zoned_pools(self.host) if "%" in self.host else _POOLS
+
+
+def _make_zoned_pools(host: str) -> dict[str, Any]:
+    """
+    The same connections to a host whose IPv6 address has a zone.
+
+    It isn't part of the URL, where libraries disagree about its spelling, nor of what the server gets to see.
+    """
+    zone = {"_dns_host": property(lambda _: host, lambda *_: None)}
+
+    def make_pool(pool: type, connection: type) -> type:
+        return type("_ZonedPool", (pool,), {"ConnectionCls": type("_ZonedConnection", (connection,), zone)})
+
+    return {"http": make_pool(_Pool, _Connection), "https": make_pool(_SecurePool, _SecureConnection)}

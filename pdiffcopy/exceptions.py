@@ -59,6 +59,10 @@ class UsageError(ProgramError):
     http_status = 400
 
 
+class LocationError(UsageError, ValueError):
+    """Raised for what can't be the name of a file, here or elsewhere."""
+
+
 class WorkerError(ProgramError):
     """Raised when a child process dies (``kill -9``, out of memory) or fails in a way that can't be transported."""
 

@@ -136,6 +136,8 @@ class LocalFile:
         self.is_device = stat.S_ISBLK(status.st_mode)
         if self.is_device and not self.devices:
             reason = "it is a block device (--devices allows those)"
+        elif stat.S_ISDIR(status.st_mode):
+            reason = "it is a folder, which is neither a regular file nor a block device"
         elif not self.is_device and not stat.S_ISREG(status.st_mode):
             reason = "it is neither a regular file nor a block device"
         else:

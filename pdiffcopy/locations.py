@@ -209,13 +209,28 @@ def open_replica(address: Address, network: Network) -> Replica:
     :raises: :exc:`.DependencyError` when it is remote and the requirements of the client aren't installed.
     """
     if not address.hostname:
-        return LocalReplica(os.path.abspath(address.filename))
+        return LocalReplica(make_absolute(address.filename))
     try:
         from pdiffcopy.remote import RemoteReplica
     except ImportError as e:
         text = "A client requirement is missing ({error}): please run pip install 'pdiffcopy[client]'"
         raise DependencyError(text, error=e) from e
     return RemoteReplica(address, network)
+
+
+def make_absolute(filename: str) -> str:
+    """
+    The absolute spelling of a local name.
+
+    Nothing is taken away: ``link/../file`` lies beside what the link leads to, and only the kernel knows where that is.
+    """
+    if filename.startswith("/"):
+        return filename
+    try:
+        return os.path.join(os.getcwd(), filename.removeprefix("./"))
+    except OSError as e:
+        text = "Can't find {filename}: the working directory doesn't exist any more ({reason})"
+        raise UsageError(text, filename=filename, reason=e.strerror) from e
 
 
 class Location(PropertyManager):
@@ -230,7 +245,7 @@ class Location(PropertyManager):
     def expression(self, value: str) -> None:
         """Split a location expression into :attr:`scheme`, :attr:`hostname`, :attr:`port_number`, :attr:`filename`."""
         address = parse_location(value)
-        self.filename = address.filename if address.hostname else os.path.abspath(address.filename)
+        self.filename = address.filename if address.hostname else make_absolute(address.filename)
         self.hostname = address.hostname or None
         self.port_number = address.port if address.hostname else None
         self.scheme = address.scheme

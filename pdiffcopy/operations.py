@@ -137,9 +137,27 @@ def stat_file(filename: str, run: str = "") -> FileInfo:
 
 def _create(filename: str, namespace: Namespace) -> None:
     with translating("create", filename):
+        _refuse_device_name(filename, namespace)
         _make_folders(os.path.dirname(filename) or ".", namespace)
         with suppress(FileExistsError):
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+
+def _refuse_device_name(filename: str, namespace: Namespace) -> None:
+    """A name below /dev that doesn't exist is a device that is missing. A file there would be in memory."""
+    name = filename
+    while True:
+        try:
+            fd = namespace.open(name, os.O_PATH | os.O_CLOEXEC)
+            break
+        except FileNotFoundError:
+            name = os.path.dirname(name.rstrip("/")) or ("/" if filename.startswith("/") else ".")
+    try:
+        place = os.readlink(f"/proc/self/fd/{fd}") + "/"
+    finally:
+        os.close(fd)
+    if name != filename and place.startswith("/dev/") and not place.startswith("/dev/shm/"):
+        raise FileMissingError("Can't create {filename}: there is no such device", filename=filename)
 
 
 def _make_folders(folder: str, namespace: Namespace) -> None:

@@ -24,6 +24,10 @@ class Report:
     """In seconds."""
     watched: bool = True
     """Whether a change of the source would have shown: neither a device nor an old server tells a time."""
+    cut: int = 0
+    """How many bytes the target was (or would be) cut by."""
+    grown: int = 0
+    """How many bytes the target grew (or would grow) by."""
     claimed: bool = True
     """Whether the target was claimed, so that no other run can have mixed its data with that of this one."""
 
@@ -65,6 +69,8 @@ class Report:
             "size": self.plan.size,
             "similarity": self.similarity,
             "verification": self.verification,
+            "bytes_cut": self.cut,
+            "bytes_grown": self.grown,
             "watched": self.watched,
             "claimed": self.claimed,
             "elapsed": self.elapsed,
@@ -84,6 +90,10 @@ class Report:
             text += f" ({_format_similarity(result)} similar)"
         if not self.dry_run:
             text += f", moved {format_size(result.bytes_moved, binary=True)}"
+        would_be = "would be " if self.dry_run else ""
+        for size, verb in ((self.cut, "cut off"), (self.grown, "added")):
+            if size:
+                text += f", {format_size(size, binary=True)} {would_be}{verb}"
         rate = format_size(int(self.plan.size / max(self.elapsed, 1e-6)), binary=True)
         text += f" in {format_timespan(self.elapsed)} ({rate}/s)."
         if result.retries:

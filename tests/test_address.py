@@ -33,6 +33,11 @@ ARGUMENTS = st.text(st.one_of(st.characters(codec="utf-8"), st.characters(min_co
         ("http://host/é", "/é", "host", DEFAULT_PORT, "http"),
         ("http://host/\udcff", "/\udcff", "host", DEFAULT_PORT, "http"),
         ("http://host//a//b", "//a//b", "host", DEFAULT_PORT, "http"),
+        ("http://host/a b", "/a b", "host", DEFAULT_PORT, "http"),
+        ("http://host/ a ", "/ a ", "host", DEFAULT_PORT, "http"),
+        ("http://[fe80::1%25eth0]:8/a", "/a", "fe80::1%eth0", 8, "http"),
+        ("http://[fe80::1%30]:8/a", "/a", "fe80::1%30", 8, "http"),
+        ("[fe80::1%30]:8/a", "/a", "fe80::1%30", 8, "http"),
         ("http://host/a:b@c", "/a:b@c", "host", DEFAULT_PORT, "http"),
         ("host:/a", "/a", "host", DEFAULT_PORT, "http"),
         ("host:123/a/b", "/a/b", "host", 123, "http"),
@@ -51,9 +56,8 @@ def test_remote_locations(expression, filename, hostname, port, scheme):
 @pytest.mark.parametrize(
     "expression",
     [
-        "x", "/a/b", "a/b", ".", "..", "-", "x:1.img", "x:1", "host:", "host:8080", "host:8080x/a", "host:a/b", ":/a",
-        "./host:8080/x", "/host:8080/x", "a/b:/c", "/http://host/a", "a b", " ", "a\nb", "é\udcff", "::1/a", "[::1]/a",
-        "a:b:/c", "host:-1/a", "%41", "\x1b[2J:/c",
+        "x", "/a/b", "a/b", ".", "..", "-", "./x:1.img", "/x:1", "./host:", "./host:8080/x", "/host:8080/x", "a/b:/c",
+        "/http://host/a", "./s3://bucket/x", "a b", " ", "a\nb", "é\udcff", "%41", "dir/user@host:/x",
     ],
 )  # fmt: skip
 def test_local_locations(expression):
@@ -85,9 +89,19 @@ def test_local_locations(expression):
         ("[]:/a", "host name"),
         ("[:::::]:/a", "host name"),
         ("[::1%]:/a", "host name"),
+        ("\x1b[2J:/c", "local file"),
         ("http://[::1/a", "valid URL"),
-        ("http://host/a b", "%20"),
-        ("http://host/a\nb", "%20"),
+        ("http://host/a\nb", "%0A"),
+        ("http://a b/c", "host name"),
+        ("s3://bucket/x", "no scheme s3, use http or https .or ./s3://bucket/x for"),
+        ("udp://host/x", "no scheme udp"),
+        ("ssh://host/x", "no scheme ssh"),
+        ("user@host:/x", "no user, write host:/path"),
+        *(
+            (text, "could be a local file or a remote one")
+            for text in ("db2:data/x", "db2:8080", "host::module/x", "user@host:x", "host:", "host:8080x/a", ":/a",
+                         "x:1.img", "::1/a", "[::1]/a", "a:b:/c", "host:-1/a", "\x1b[2J:x", "[::1]:x/a")
+        ),
         ("http://host/a?b", "%3F"),
         ("http://host/a?", "%3F"),
         ("http://host/a#b", "%23"),
@@ -110,6 +124,7 @@ def test_impossible_locations(expression, complaint):
     """What looks remote but can't be is refused, and the message says why (a password isn't repeated in it)."""
     with pytest.raises(UsageError, match=complaint) as info:
         parse_location(expression)
+    assert isinstance(info.value, ValueError)
     assert "secret" not in str(info.value)
 
 

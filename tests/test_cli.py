@@ -224,9 +224,77 @@ def test_json_is_one_object(files, server):
         "source": f"{server.origin}{source}", "target": str(target), "dry_run": False, "delta_transfer": True,
         "block_size": BLOCK, "hash_method": "sha1", "size": size, "similarity": 0.75, "verification": "verified",
         "blocks_compared": 8, "blocks_changed": 2, "bytes_compared": size, "bytes_moved": BLOCK + 100,
-        "bytes_verified": BLOCK + 100, "retries": 0, "watched": True, "claimed": True,
+        "bytes_verified": BLOCK + 100, "retries": 0, "watched": True, "claimed": True, "bytes_cut": 0,
+        "bytes_grown": 0,
     }  # fmt: skip
     assert "2 of 8 blocks differed" in result.stderr
+
+
+def test_names_mean_what_the_kernel_takes_them_for(files, tmp_path):
+    """A name that leads through a link and back lies beside what the link leads to."""
+    source, target = files
+    for folder in ("here", "there", "there/deep"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "deep")
+    (tmp_path / "here" / "file").write_bytes(b"untouched")
+    for name in ("link/../file", str(tmp_path / "here" / "link" / ".." / "file")):
+        result = run_pdiffcopy(source, name, cwd=tmp_path / "here")
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "here" / "file").read_bytes() == b"untouched"
+        assert (tmp_path / "there" / "file").read_bytes() == source.read_bytes()
+        (tmp_path / "there" / "file").unlink()
+
+
+def test_working_directory_that_is_gone_only_matters_to_relative_names(files, tmp_path):
+    """A backup script may well stand in a folder that was removed."""
+    source, target = files
+    steps = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from pdiffcopy.cli import main; main()"
+    for arguments, code in (((source, target), 0), ((source, "target"), 1)):
+        command = [sys.executable, "-c", steps, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == code, result.stderr
+    assert "the working directory doesn't exist any more" in error_lines(result)[0]
+
+
+def test_name_of_a_folder_is_not_made_a_file(files, server, tmp_path):
+    """Neither here nor there, whether the folder exists or not."""
+    source, _ = files
+    (tmp_path / "folder").mkdir()
+    for name in ("new/", "folder/", "folder"):
+        for place in (f"{tmp_path}/{name}", f"127.0.0.1:{server.port}{tmp_path}/{name}"):
+            result = run_pdiffcopy(source, place)
+            assert result.returncode == 1
+            assert "folder" in error_lines(result)[0]
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "folder").iterdir())
+
+
+def test_missing_device_does_not_become_a_file(files, server):
+    """Below /dev that would be a file in memory."""
+    source, _ = files
+    for name in ("/dev/pdiffcopy-missing", "/dev/pdiffcopy-group/missing"):
+        for place in (name, f"127.0.0.1:{server.port}{name}"):
+            result = run_pdiffcopy(source, place)
+            assert result.returncode == 1
+            assert "there is no such device" in error_lines(result)[0]
+        assert not os.path.exists(name) and not os.path.exists("/dev/pdiffcopy-group")
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "-v"])
+def test_what_is_cut_and_added_is_told(files, server, option):
+    """Otherwise a source that is empty by mistake would look like nothing to do."""
+    source, target = files
+    data = source.read_bytes()
+    would_be = "would be " if option == "--dry-run" else ""
+    for older, newer, name, verb in (
+        (data, data[:-2048], "bytes_cut", "cut off"),
+        (data[:-2048], data, "bytes_grown", "added"),
+    ):
+        source.write_bytes(newer)
+        target.write_bytes(older)
+        result = run_pdiffcopy(option, "--json", source, server.location(target))
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)[name] == 2048
+        assert f"2 KiB {would_be}{verb}" in result.stderr
 
 
 def test_without_json_stdout_is_empty(files):

@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from pdiffcopy import remote
-from pdiffcopy.address import Address
+from pdiffcopy.address import Address, parse_location
 from pdiffcopy.exceptions import (
     AuthenticationError,
     DigestMismatchError,
@@ -160,6 +160,21 @@ def test_environment_has_no_say(monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     with canned(describe()) as (replica, _):
         assert replica.info()[0].size == 10
+
+
+@pytest.mark.parametrize("location", ["[fe80::1%30]:8/x", "http://[fe80::1%2530]:8/x", "https://[fe80::1%30]:8/x"])
+def test_zone_of_an_address_stays_what_it_is(monkeypatch, location):
+    """%30 isn't a zero at the end of another address."""
+    hosts = []
+
+    def resolve(host, *args, **options):
+        hosts.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(RemoteError):
+        RemoteReplica(parse_location(location), Network(retries=0)).info()
+    assert hosts == ["fe80::1%30"]
 
 
 # Answers that say no {{{1

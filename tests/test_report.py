@@ -128,6 +128,8 @@ def test_report_as_json():
         "size": 10 * MIB,
         "similarity": 0.8,
         "verification": "verified",
+        "bytes_cut": 0,
+        "bytes_grown": 0,
         "watched": True,
         "claimed": True,
         "elapsed": 2.0,
