@@ -14,7 +14,7 @@ import os
 import stat
 
 from pdiffcopy.exceptions import FileError
-from pdiffcopy.localfile import Namespace
+from pdiffcopy.localfile import Namespace, reopen
 
 _SYS_OPENAT2 = 437
 """The number of the system call on all architectures (linux/include/uapi/asm-generic/unistd.h)."""
@@ -117,7 +117,7 @@ class Root(Namespace):
                 raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), filename)
             if flags & os.O_PATH:
                 return os.dup(folders[-1])
-            return os.open(f"/proc/self/fd/{folders[-1]}", flags)
+            return reopen(folders[-1], flags)
         finally:
             for fd in folders:
                 os.close(fd)

@@ -10,6 +10,33 @@ import os
 OVERLAY = 0x794C7630
 """The type of an overlay file system (``OVERLAYFS_SUPER_MAGIC`` in linux/magic.h)."""
 
+PSEUDO = frozenset(
+    [
+        0x9FA0,  # proc
+        0x62656572,  # sysfs
+        0x27E0EB,  # cgroup
+        0x63677270,  # cgroup2
+        0x64626720,  # debugfs
+        0x74726163,  # tracefs
+        0x73636673,  # securityfs
+        0xCAFE4A11,  # bpf
+        0x1CD1,  # devpts
+        0x6165676C,  # pstore
+        0xDE5E81E4,  # efivarfs
+        0x62656570,  # configfs
+        0x42494E4D,  # binfmt_misc
+        0x19800202,  # mqueue (ipc/mqueue.c)
+        0xF97CFF8C,  # selinux
+        0x43415D53,  # smack
+        0x5A3C69F0,  # apparmor
+        0x65735543,  # fusectl
+        0x6E736673,  # nsfs
+        0x50495045,  # pipefs
+        0x534F434B,  # sockfs
+    ]
+)
+"""The types of file systems whose files aren't kept anywhere: the kernel makes them up (linux/magic.h)."""
+
 _WRITE_AND_WAIT = 0x1 | 0x2 | 0x4
 """``SYNC_FILE_RANGE_WAIT_BEFORE | _WRITE | _WAIT_AFTER`` (linux/fs.h)."""
 _WINDOW = 1024**3

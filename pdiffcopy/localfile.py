@@ -91,6 +91,16 @@ class translating(AbstractContextManager[None]):
             raise FileError.from_os_error(error, self.action, self.filename) from error
 
 
+def reopen(path: int, flags: int) -> int:
+    """Open what a descriptor of ``O_PATH`` stands for, which nobody can have exchanged meanwhile."""
+    try:
+        return os.open(f"/proc/self/fd/{path}", flags)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists("/proc/self/fd"):
+            raise OSError(errno.ENOSYS, "/proc isn't mounted here, and pdiffcopy needs it") from e
+        raise
+
+
 class LocalFile:
     """An open regular file or block device (a context manager)."""
 
@@ -119,20 +129,20 @@ class LocalFile:
         self.filename = filename
         self.devices = devices
         self.flush = flush
-        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
         with translating("open", filename):
             path = namespace.open(filename, os.O_PATH | os.O_CLOEXEC)
             try:
                 status = os.fstat(path)
-                self._check_type(status)
+                self._check_type(status, path)
                 # Before it's opened for writing, since an overlay makes another inode of it then.
                 if file_id and file_id != identify(status):
                     raise ReplacedError("{filename} was replaced by another file, run again", filename=filename)
-                self.fd = os.open(f"/proc/self/fd/{path}", flags)
+                self.fd = reopen(path, flags)
             finally:
                 os.close(path)
 
-    def _check_type(self, status: os.stat_result) -> None:
+    def _check_type(self, status: os.stat_result, fd: int) -> None:
         self.is_device = stat.S_ISBLK(status.st_mode)
         if self.is_device and not self.devices:
             reason = "it is a block device (--devices allows those)"
@@ -140,12 +150,15 @@ class LocalFile:
             reason = "it is a folder, which is neither a regular file nor a block device"
         elif not self.is_device and not stat.S_ISREG(status.st_mode):
             reason = "it is neither a regular file nor a block device"
+        elif not self.is_device and kernel.get_file_system(fd) in kernel.PSEUDO:
+            reason = "it is no file, but a part of the kernel that looks like one"
         else:
             return
         raise FileForbiddenError("Can't open {filename}: {reason}", filename=self.filename, reason=reason)
 
     def __del__(self) -> None:
-        self.close()
+        with suppress(FileError):
+            self.close()
 
     def __enter__(self) -> LocalFile:
         return self
@@ -156,8 +169,10 @@ class LocalFile:
     def close(self) -> None:
         """Close the file."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            # The number is free whatever close(2) says, and may be somebody else's file by the next time.
+            fd, self.fd = self.fd, -1
+            with translating("close", self.filename):
+                os.close(fd)
 
     def fileno(self) -> int:
         """The descriptor."""
@@ -316,6 +331,7 @@ class LocalFile:
         """
         doubtful = self._get_claim().endswith(UNFLUSHED)
         name = run + UNFLUSHED * doubtful
+        self._check_exclusive()
         # First without the lock, which many writers of an earlier run, taking turns, would never leave alone: that ends
         # them. Then with it, since that run may have come to its end, and taken our name for its own.
         if not self._set_claim(name):
@@ -326,6 +342,17 @@ class LocalFile:
                 self._forget()
                 self._set_claim(run)
         return True
+
+    def _check_exclusive(self) -> None:
+        """Refuse a device that is mounted or in use otherwise (open(2), ``O_EXCL``), before anything is written."""
+        if self.is_device:
+            try:
+                os.close(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            except OSError as e:
+                if e.errno == errno.EBUSY:
+                    text = "Can't write to {filename}: it is mounted, or another program uses it"
+                    raise FileForbiddenError(text, filename=self.filename) from e
+                raise FileError.from_os_error(e, "claim", self.filename) from e
 
     def _get_claim(self) -> str:
         try:
@@ -445,8 +472,12 @@ class LocalFile:
 
 
 def identify(status: os.stat_result) -> str:
-    """What no other file has on any machine until it starts anew: device, inode, and the boot that they belong to."""
-    return f"{status.st_dev:x}:{status.st_ino:x}@{_get_boot_id()}"
+    """What no other file has on any machine until it starts anew: device, inode, and the boot that they belong to.
+
+    Each of several nodes of a block device has an inode of its own, so there it's the number of the device that counts.
+    """
+    number = f"{status.st_rdev:x}" if stat.S_ISBLK(status.st_mode) else f"{status.st_dev:x}:{status.st_ino:x}"
+    return f"{number}@{_get_boot_id()}"
 
 
 @cache

@@ -15,7 +15,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPResponse
 from typing import Any, NoReturn
@@ -81,6 +81,10 @@ from pdiffcopy.splice import Chunk, Piped, receive
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
+_NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"])
+"""What OpenSSL calls an answer that isn't TLS."""
+FIRST_RETRIES, FIRST_TIMEOUT = 2, 10.0
+"""How often a server that has never answered is asked again, and how long a connection to it may take, in seconds."""
 _KNOWN_STATUS = frozenset(HTTPStatus)
 _TRANSIENT_STATUS = frozenset([502, 503, 504, DamagedError.http_status])
 _ERRORS = {
@@ -133,7 +137,14 @@ class RemoteReplica(Replica):
                     raise self._foreign_answer()
                 return info, peer
 
-        info, self._peer = self._patience().persist(ask)
+        try:
+            info, self._peer = self._patience().persist(ask)
+        except (TransientError, RemoteError) as e:
+            if self._is_first_contact and self.address.scheme == "http" and self._speaks_tls():
+                text = "{url}: the server speaks https, use {secure}"
+                secure = self.address._replace(scheme="https")
+                raise RemoteError(text, url=self.address, secure=str(secure), status=0) from e
+            raise
         self._size = info.size
         return info, self._peer
 
@@ -244,7 +255,26 @@ class RemoteReplica(Replica):
     # The edge {{{1
 
     def _patience(self) -> Patience:
-        return Patience(self.network.retries)
+        # A server that has never answered is more likely to be somewhere else than to be restarted right now.
+        return Patience(min(self.network.retries, FIRST_RETRIES if self._is_first_contact else self.network.retries))
+
+    @property
+    def _is_first_contact(self) -> bool:
+        return not (self._peer or self.file_id)
+
+    @property
+    def _connect_timeout(self) -> float:
+        return min(FIRST_TIMEOUT, self.network.timeout) if self._is_first_contact else self.network.timeout
+
+    def _speaks_tls(self) -> bool:
+        """Whether somebody answers the beginning of a TLS connection (whose certificate doesn't matter here)."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        place, timeout = (self.address.hostname, self.address.port), min(FIRST_TIMEOUT, self.network.timeout)
+        with suppress(OSError), socket.create_connection(place, timeout) as connection:
+            with context.wrap_socket(connection):
+                return True
+        return False
 
     @contextmanager
     def _request(
@@ -267,7 +297,7 @@ class RemoteReplica(Replica):
         try:
             with self.session.request(
                 verb, url, data=body, headers=headers, stream=True, allow_redirects=False,
-                timeout=self.network.timeout,
+                timeout=(self._connect_timeout, self.network.timeout),
             ) as response:  # fmt: skip
                 _check_head(response)
                 is_signed = self._check_answer(tag, response)
@@ -322,8 +352,12 @@ class RemoteReplica(Replica):
         kind: type[ProgramError] = TransientError
         if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
             kind, reason = RemoteError, f"{reason or causes[-1]} (--ca-file names an authority to trust)"
-        elif any(isinstance(cause, socket.gaierror) for cause in causes):
-            kind = RemoteError
+        elif self.address.scheme == "https" and any(getattr(c, "reason", "") in _NO_TLS for c in causes):
+            kind, reason = RemoteError, f"the server doesn't speak https, use {self.address._replace(scheme='http')}"
+        elif names := [cause for cause in causes if isinstance(cause, socket.gaierror)]:
+            kind = TransientError if names[0].errno == socket.EAI_AGAIN else RemoteError
+        elif isinstance(error, requests.ConnectTimeout):
+            reason = f"no connection within {self._connect_timeout:g} seconds"
         elif any(isinstance(cause, (TimeoutError, requests.Timeout)) for cause in causes):
             reason = f"no sign of life for {self.network.timeout:g} seconds"
         elif isinstance(error, requests.exceptions.InvalidURL):

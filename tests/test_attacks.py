@@ -30,7 +30,7 @@ from pdiffcopy.operations import resize_file
 from pdiffcopy.security import warn_of_eavesdroppers
 from pdiffcopy.server import Settings, describe_exposure
 from tests.hostile import BEHAVIOURS, HostileProcess
-from tests.support import children_of, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
+from tests.support import children_of, error_lines, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
 from tests.test_faults import check_error
 
 SECRET = b"the secret of another directory"
@@ -350,6 +350,17 @@ def test_wrong_certificates_are_refused(launch, authority, tmp_path, certificate
     assert result.returncode == 1
     assert re.search(words, check_error(1, result.stderr))
     assert "trying again" not in result.stderr
+    assert not (tmp_path / "target").exists()
+
+
+def test_wrong_scheme_is_named_with_the_right_url(launch, server, authority, tmp_path):
+    """At once, and not as a broken connection or a certificate."""
+    (tmp_path / "file").write_bytes(b"x")
+    secure = serve_https(launch, authority)
+    for scheme, right, port in (("http", "https", secure.port), ("https", "http", server.port)):
+        result = run_pdiffcopy(f"{scheme}://127.0.0.1:{port}{tmp_path}/file", tmp_path / "target")
+        assert result.returncode == 1
+        assert f"use {right}://127.0.0.1:{port}{tmp_path}/file" in error_lines(result)[0]
     assert not (tmp_path / "target").exists()
 
 

@@ -174,7 +174,7 @@ def test_zone_of_an_address_stays_what_it_is(monkeypatch, location):
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     with pytest.raises(RemoteError):
         RemoteReplica(parse_location(location), Network(retries=0)).info()
-    assert hosts == ["fe80::1%30"]
+    assert set(hosts) == {"fe80::1%30"}
 
 
 # Answers that say no {{{1
@@ -364,6 +364,39 @@ def test_what_would_not_help_is_not_repeated(failure):
     with canned(failure, retries=5) as (replica, requests), pytest.raises(ProgramError):
         replica.info()
     assert len(requests) == 1
+
+
+def test_server_that_has_never_answered_is_given_up_soon():
+    """A wrong port is no restart: three attempts, however many are allowed later on."""
+    with canned(b"", b"", b"", retries=30) as (replica, requests), pytest.raises(TransientError):
+        replica.info()
+    assert len(requests) == 3
+    with canned(describe(), *[b""] * 5, describe(), retries=5) as (replica, requests):
+        replica.info()
+        assert replica.info()[0].size == 10
+    assert len(requests) == 7
+
+
+def test_firewall_that_drops_is_told_from_a_slow_server(monkeypatch):
+    """To connect takes less patience than to answer."""
+    monkeypatch.setattr(remote, "FIRST_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address), pytest.raises(TransientError, match="no connection within 0.2 seconds"):
+            RemoteReplica(Address(FILE, *address), Network(retries=0)).info()
+
+
+@pytest.mark.parametrize(("code", "kind"), [(socket.EAI_AGAIN, TransientError), (socket.EAI_NONAME, RemoteError)])
+def test_name_server_that_is_down_may_come_back(monkeypatch, code, kind):
+    """A name that doesn't exist is another matter."""
+
+    def resolve(*args, **options):
+        raise socket.gaierror(code, "no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(kind) as info:
+        RemoteReplica(Address(FILE, "host.invalid"), Network(retries=0)).info()
+    assert type(info.value) is kind
 
 
 def test_silence_is_an_error():
