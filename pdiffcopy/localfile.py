@@ -472,7 +472,8 @@ class LocalFile:
 
 
 def identify(status: os.stat_result) -> str:
-    """What no other file has on any machine until it starts anew: device, inode, and the boot that they belong to.
+    """
+    What no other file has on any machine until it starts anew: device, inode, and the boot that they belong to.
 
     Each of several nodes of a block device has an inode of its own, so there it's the number of the device that counts.
     """

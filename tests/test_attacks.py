@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ from pdiffcopy.operations import resize_file
 from pdiffcopy.security import warn_of_eavesdroppers
 from pdiffcopy.server import Settings, describe_exposure
 from tests.hostile import BEHAVIOURS, HostileProcess
-from tests.support import children_of, error_lines, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
+from tests.support import children_of, error_lines, ext4, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
 from tests.test_faults import check_error
 
 SECRET = b"the secret of another directory"
@@ -488,6 +489,47 @@ def test_block_devices_need_an_option(launch, server, device, tmp_path):
     result = run_pdiffcopy(server.location(device), tmp_path / "copy")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_device_in_use_is_not_written_to(server, tmp_path):
+    """Neither here nor there: what is mounted would be destroyed under the hands of the kernel."""
+    source = tmp_path / "source"
+    source.write_bytes(make_data(8 * MEBIBYTE))
+    with ext4(tmp_path / "image", tmp_path / "disk", size=16 * MEBIBYTE) as disk:
+        (disk / "file").write_bytes(b"precious")
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        device = next(line[0] for line in mounts if line[1] == str(disk))
+        for place in (device, server.location(device)):
+            for options in ((), ("-W",)):
+                result = run_pdiffcopy(*options, source, place)
+                assert result.returncode == 1
+                assert "it is mounted, or another program uses it" in error_lines(result)[0]
+        assert (disk / "file").read_bytes() == b"precious"
+    with ext4(tmp_path / "image", tmp_path / "disk"):
+        assert (disk / "file").read_bytes() == b"precious"
+
+
+def test_two_nodes_of_a_device_are_one_device(server, device, tmp_path):
+    """It's the number of the device that counts, not where its node is."""
+    os.mknod(tmp_path / "node", stat.S_IFBLK | 0o600, os.stat(device).st_rdev)
+    for places in ((device, tmp_path / "node"), (server.location(device), tmp_path / "node")):
+        result = run_pdiffcopy("-W", *places)
+        assert result.returncode == 1
+        assert "the same file" in error_lines(result)[0]
+
+
+@pytest.mark.parametrize("name", ["/proc/self/mem", "/proc/version", "/sys/kernel/notes", "/proc/self/maps"])
+def test_parts_of_the_kernel_are_no_files(server, tmp_path, name):
+    """They look like files, and to write to one changes the machine or the memory of a process."""
+    for verb, endpoint in ENDPOINTS:
+        response = ask(server, verb, endpoint, name)
+        assert response.status_code == 403
+        assert "part of the kernel" in response.text
+    for places in ((name, tmp_path / "target"), (__file__, name)):
+        result = run_pdiffcopy(*places)
+        assert result.returncode == 1
+        assert "part of the kernel" in error_lines(result)[0]
+    assert not (tmp_path / "target").exists()
 
 
 # Hostile servers {{{1

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -22,6 +26,64 @@ from pdiffcopy.splice import Piped, spread
 from tests.support import make_data, snapshot, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")
+
+
+def test_error_of_a_close_is_told_and_the_number_is_not_closed_again(tmp_path, monkeypatch):
+    """Some file systems tell only then that the data could not be kept. The number may be another file's by then."""
+    file = LocalFile(make_file(tmp_path / "file"))
+    original, closed = os.close, []
+
+    def close(fd):
+        closed.append(fd)
+        original(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close)
+        with pytest.raises(FileError, match="Can't close .*file: Input/output error"):
+            file.close()
+        file.close()
+        del file
+    assert len(closed) == 1
+
+
+def test_file_with_a_lease_is_waited_for(tmp_path):
+    """As cp does: whoever has the lease is told, and gives it back (fcntl(2), F_SETLEASE)."""
+    name = make_file(tmp_path / "file")
+    fd = os.open(name, os.O_RDWR)
+    told = threading.Event()
+
+    def give_back():
+        told.wait(10)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    previous = signal.signal(signal.SIGIO, lambda *_: None)
+    thread = threading.Thread(target=give_back)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        program = "import sys; from pdiffcopy.localfile import LocalFile; LocalFile(sys.argv[1]).close()"
+        process = subprocess.Popen([sys.executable, "-c", program, name])
+        thread.start()
+        time.sleep(0.5)  # it has most likely come to the lease by then, and fails if it doesn't wait
+        told.set()
+        assert process.wait(20) == 0
+    finally:
+        told.set()
+        thread.join()
+        os.close(fd)
+        signal.signal(signal.SIGIO, previous)
+
+
+def test_machine_without_proc_is_named(tmp_path):
+    """The source isn't said to be missing."""
+    make_file(tmp_path / "source")
+    program = f"umount -l /proc && exec {sys.executable} -m pdiffcopy {tmp_path}/source {tmp_path}/target"
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a name space can't be made here")
+    result = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "/proc isn't mounted here" in result.stderr
+    assert not (tmp_path / "target").exists()
 
 
 def make_file(path, size=100):
