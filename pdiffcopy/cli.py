@@ -336,7 +336,7 @@ def _make_client(**options: Any) -> Client:
         from pdiffcopy.client import Client
         from pdiffcopy.locations import Network, open_replica
     except ImportError as e:
-        text = "A client requirement is missing ({error}): please run pip install 'pdiffcopy[client]'"
+        text = "A client requirement is missing ({error}): install pdiffcopy[client] from its checkout (README.rst)"
         raise DependencyError(text, error=e) from e
     network: dict[str, Any] = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
     network["token"] = load_token(options.pop("token_file", ""))
@@ -378,7 +378,7 @@ def run_server(**options: Any) -> None:
             import pdiffcopy.daemon  # noqa: F401 (start_server needs it)
             from pdiffcopy.server import Settings, start_server
     except ImportError as e:
-        text = "A server requirement is missing ({error}): please run pip install 'pdiffcopy[server]'"
+        text = "A server requirement is missing ({error}): install pdiffcopy[server] from its checkout (README.rst)"
         raise DependencyError(text, error=e) from e
     settings: dict[str, Any] = {name: options.pop(name) for name in ("root", "read_only", "devices") if name in options}
     settings["token"] = load_token(options.pop("token_file", ""))

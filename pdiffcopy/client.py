@@ -300,7 +300,7 @@ class Client(PropertyManager):
         with self._watching_source(source, plan):
             # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier one
             # may have resized the target until now.
-            claimed, target = open_target(plan).claim(plan.run, create=not target.exists)
+            claimed, target = open_target(plan).claim(plan.run, not target.exists, source.mode)
             plan = replace(plan, target_id=target.file_id, run=plan.run if claimed else "")
             replica = open_target(plan)
             if target.size < source.size or not target.exists:

@@ -32,7 +32,7 @@ from pdiffcopy.exceptions import (
     ReplacedError,
     TakenOverError,
 )
-from pdiffcopy.protocol import Extent, FileInfo
+from pdiffcopy.protocol import MAX_MODE, Extent, FileInfo
 from pdiffcopy.splice import Chunk, Piped, spread, wait_for_room
 
 CHUNK_SIZE = 256 * 1024
@@ -183,10 +183,13 @@ class LocalFile:
         with translating("examine", self.filename):
             status = os.fstat(self.fd)
         if self.is_device:  # its contents change without a trace in its node: there is no time to compare
-            return FileInfo(True, self.size(), file_id=identify(status), resizable=False)
+            mode = status.st_mode & MAX_MODE
+            return FileInfo(True, self.size(), file_id=identify(status), resizable=False, mode=mode)
         times = status.st_mtime_ns, status.st_ctime_ns
         settles_ms = -(-get_settling_time(*times, time.time_ns()) // 1_000_000)
-        return FileInfo(True, status.st_size, *times, identify(status), settles_ms=settles_ms)
+        return FileInfo(
+            True, status.st_size, *times, identify(status), mode=status.st_mode & MAX_MODE, settles_ms=settles_ms
+        )
 
     def size(self) -> int:
         """The size of the file in bytes."""

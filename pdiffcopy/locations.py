@@ -123,11 +123,12 @@ class Replica(ABC):
         """Create the file (with its parent folders), grow or cut it."""
 
     @abstractmethod
-    def claim(self, run: str, create: bool = False) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
         """
         Let a run write to the file, and no earlier one any more.
 
         :param create: Whether to create a missing file (an old server can't do that here).
+        :param mode: Whom a new file is for, at most (permission bits; the umask takes away some).
         :returns: Whether that's possible here, and what the file is from then on.
         """
 
@@ -182,9 +183,9 @@ class LocalReplica(Replica):
         """See :meth:`Replica.resize`."""
         resize_file(self.filename, size, run=run, file_id=self.file_id)
 
-    def claim(self, run: str, create: bool = False) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
         """See :meth:`Replica.claim`."""
-        return claim_file(self.filename, run, create, file_id=self.file_id)
+        return claim_file(self.filename, run, create, mode, file_id=self.file_id)
 
     def release(self, run: str) -> None:
         """See :meth:`Replica.release`."""
@@ -213,7 +214,7 @@ def open_replica(address: Address, network: Network) -> Replica:
     try:
         from pdiffcopy.remote import RemoteReplica
     except ImportError as e:
-        text = "A client requirement is missing ({error}): please run pip install 'pdiffcopy[client]'"
+        text = "A client requirement is missing ({error}): install pdiffcopy[client] from its checkout (README.rst)"
         raise DependencyError(text, error=e) from e
     return RemoteReplica(address, network)
 

@@ -21,24 +21,32 @@ A reader may not assume any order of the results, and a worker function should r
 (pickled) are written in one piece, so that a worker killed meanwhile leaves nothing half-written.
 
 A process that runs several threads must not fork (a lock that another thread holds stays locked in the child for
-ever). There, children are spawned instead, which takes longer and requires the functions to be picklable.
+ever). There, children are spawned instead, which takes longer and requires the functions to be picklable. They don't
+import the main module of the program unless a function comes from there: it may not expect that, or not be a file.
+
+A daemonic process (a worker of :class:`multiprocessing.Pool`, of Celery, of Dask) may have children here, since they
+die with it.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import multiprocessing.util
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import spawn
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
+from types import ModuleType
 from typing import Any
 
 from property_manager import PropertyManager, lazy_property, mutable_property, required_property
@@ -48,6 +56,7 @@ from pdiffcopy.exceptions import WorkerError
 _TERMINATION_TIMEOUT = 1.0
 """How long terminated processes have before they are killed, in seconds."""
 
+_thread = threading.local()
 _lifelines: dict[int, tuple[Connection, Connection]] = {}
 
 
@@ -92,6 +101,49 @@ def _delayed_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def _allowed_to_have_children() -> Iterator[None]:
+    """Lift the ban on children of daemonic processes. It's there since they would outlive them, and ours don't."""
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    daemon = config.pop("daemon", None)
+    try:
+        yield
+    finally:
+        if daemon is not None:
+            config["daemon"] = daemon
+
+
+class _Finder(pickle.Pickler):
+    """Pickles what isn't multiprocessing's own, which can only be pickled for a child that is being started."""
+
+    def persistent_id(self, obj: Any) -> str | None:
+        module = type(obj).__module__
+        return module if module.startswith("multiprocessing") else None
+
+
+def _needs_main(process: Any) -> bool:
+    """Whether a child process has to know something that the main module defines."""
+    buffer = io.BytesIO()
+    try:
+        _Finder(buffer).dump((process._target, process._args, process._kwargs))
+    except Exception:  # it tells when the child is started
+        return True
+    return b"__main__" in buffer.getvalue()
+
+
+def _get_preparation_data(name: str) -> dict[str, Any]:
+    """What multiprocessing tells a child that it spawns, which may be too much, or not be there."""
+    if not getattr(_thread, "without_main", False):
+        return _original_preparation(name)
+    sys.modules.setdefault("__main__", ModuleType("__main__"))
+    data = _original_preparation(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main_")}
+
+
+_original_preparation = spawn.get_preparation_data
+spawn.get_preparation_data = _get_preparation_data
+
+
 class Promise(multiprocessing.Process):
     """Execute a Python function in a child process and retrieve its return value."""
 
@@ -105,12 +157,16 @@ class Promise(multiprocessing.Process):
         super().__init__(**options)
         self._lifeline = _get_lifeline()
         self._receiver, self._sender = multiprocessing.Pipe(duplex=False)
-        with _delayed_signals(), self._sender:
+        with _delayed_signals(), self._sender, _allowed_to_have_children():
             self.start()
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        return _get_context().Process._Popen(process_obj)
+        _thread.without_main = not _needs_main(process_obj)
+        try:
+            return _get_context().Process._Popen(process_obj)
+        finally:
+            _thread.without_main = False
 
     def run(self) -> None:
         """Run the target function in a newly spawned child process."""

@@ -8,6 +8,7 @@ the only code that opens a file to be copied.
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from typing import Any
 
@@ -90,13 +91,14 @@ def claim_file(
     filename: str,
     run: str,
     create: bool = False,
+    mode: int = FileInfo.mode,
     namespace: Namespace = MACHINE,
     devices: bool = True,
     file_id: str = "",
 ) -> tuple[bool, FileInfo]:
     """Let one run write to a file, and no earlier one any more (see :meth:`.Replica.claim`)."""
     if create:
-        _create(filename, namespace)
+        _create(filename, namespace, mode)
     with LocalFile(filename, True, namespace, devices, file_id) as file:
         return file.claim(run), file.info()
 
@@ -135,12 +137,14 @@ def stat_file(filename: str, run: str = "") -> FileInfo:
         return FileInfo(exists=False)
 
 
-def _create(filename: str, namespace: Namespace) -> None:
+def _create(filename: str, namespace: Namespace, mode: int = FileInfo.mode) -> None:
     with translating("create", filename):
         _refuse_device_name(filename, namespace)
         _make_folders(os.path.dirname(filename) or ".", namespace)
         with suppress(FileExistsError):
-            os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            # Whoever creates it is going to write to it, whether the source may be written to or not.
+            mode |= stat.S_IRUSR | stat.S_IWUSR
+            os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
 
 
 def _refuse_device_name(filename: str, namespace: Namespace) -> None:

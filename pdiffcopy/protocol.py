@@ -25,7 +25,8 @@ The rest a client uses only when the server lists it as a *feature* in its answe
 :data:`FEATURE_CLAIM`
     ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
     the next claim or ``POST /release?filename=&run=``. Both answer with what ``/info`` says of the file, and with
-    :data:`CLAIMED`. With ``create=1`` the claim creates a missing file (and missing parent folders). ``GET /info``,
+    :data:`CLAIMED`. With ``create=1`` the claim creates a missing file (and missing parent folders), for those whom
+    ``mode=`` allows it (permission bits, a decimal number). ``GET /info``,
     ``POST /blocks``, ``POST /resize`` and ``POST /sync`` with a ``run=`` that has lost its claim answer 423. Without it
     they work as ever.
 :data:`FEATURE_DIGEST`
@@ -109,6 +110,8 @@ MAX_EXTENTS = 128
 """How many extents fit into one request (each takes some twenty characters of its URL)."""
 
 MAX_CONCURRENCY = 1024
+MAX_MODE = 0o777
+"""The permission bits of a file, without those that change the identity of a process (set-id)."""
 MAX_SETTLING = 2000
 """How long a client may have to wait until a change shows in the time of a file, in milliseconds."""
 MAX_LINE = 4096
@@ -155,6 +158,8 @@ class FileInfo:
     """What no other file has, on any machine, until this one starts anew (empty when it isn't known)."""
     resizable: bool = True
     """False for a block device: its size is what it is."""
+    mode: int = 0o666
+    """Who may read, write and execute the file (the permission bits; 0666 when they aren't known)."""
     settles_ms: int = field(default=0, compare=False)
     """For how long another change may bear the same time as the last one, in milliseconds."""
 
@@ -448,13 +453,15 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
         return FileInfo(False), peer
     times = {name: document.get(name, 0) for name in ("mtime_ns", "ctime_ns", "settles_ms")}
     size, settles_ms = document.get("size"), times["settles_ms"]
-    for value in (size, *times.values()):
+    mode = document.get("mode", FileInfo.mode)
+    for value in (size, mode, *times.values()):
         if type(value) is not int or value > MAX_OFFSET:
             raise ProtocolError("The server states an impossible size or time: {value}", value=repr(value)[:80])
     if size < 0 or not 0 <= settles_ms <= MAX_SETTLING:
         raise ProtocolError("The server states an impossible size or time: {value}", value=f"{size}, {settles_ms}")
     resizable = document.get("resizable", True) is True
-    return FileInfo(True, size, file_id=str(document.get("file_id", ""))[:80], resizable=resizable, **times), peer
+    file_id = str(document.get("file_id", ""))[:80]
+    return FileInfo(True, size, file_id=file_id, resizable=resizable, mode=mode & MAX_MODE, **times), peer
 
 
 def _strings(value: Any) -> list[str]:

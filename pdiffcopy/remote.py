@@ -218,11 +218,11 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.resize`."""
         self._post(RESIZE, {"size": size} | _name(run))
 
-    def claim(self, run: str, create: bool = False) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""
         if FEATURE_CLAIM not in self.peer.features:
             return False, self.info()[0]
-        document = self._post(CLAIM, _name(run) | ({"create": 1} if create else {}))
+        document = self._post(CLAIM, _name(run) | ({"create": 1, "mode": mode} if create else {}))
         info, _ = decode_info(document, exists=True)
         self._size = info.size
         return decode_flag(document, CLAIMED), info

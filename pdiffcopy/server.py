@@ -173,7 +173,8 @@ class _Views:
         parameters = Parameters(request.query_string)
         parameters.get("run")
         create = parameters.flag("create")
-        claimed, info = claim_file(run=parameters.run, create=create, **self.locate(parameters))
+        mode = parameters.integer("mode", 0, wire.MAX_MODE, default=wire.FileInfo.mode)
+        claimed, info = claim_file(run=parameters.run, create=create, mode=mode, **self.locate(parameters))
         return {wire.CLAIMED: claimed, **info.as_dict()}
 
     def release(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -548,6 +549,26 @@ def test_source_that_changes_during_the_run_is_never_a_success(server, tmp_path,
     client.happening = happen
     with pytest.raises(SourceChangedError, match="changed while it was copied"):
         client.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [(0o600, 0o600), (0o640, 0o640), (0o444, 0o644), (0o777, 0o755), (0o400, 0o600), (0o4755, 0o755)],
+)
+def test_new_target_is_for_no_more_people_than_the_source(launch, tmp_path, direction, mode, expected):
+    """A secret stays one, whatever the umask is; a target that exists keeps its own mode."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_pattern(source, 4 * BLOCK)
+    source.chmod(mode)
+    umask = os.umask(0o022)
+    try:
+        server = launch()
+        for wanted in (expected, 0o604):
+            Client(**place(server, direction, source, target), block_size=BLOCK).run()
+            assert stat.S_IMODE(target.stat().st_mode) == wanted
+            target.chmod(0o604)
+    finally:
+        os.umask(umask)
 
 
 @pytest.mark.parametrize("change", ["is removed", "is replaced", "grows"])

@@ -20,7 +20,7 @@ import pytest
 
 from pdiffcopy.exceptions import DiskFullError, WorkerError
 from pdiffcopy.mp import Promise, RemoteTraceback, WorkerPool, generator_adapter, worker_adapter
-from tests.support import children_of, is_alive, wait_for
+from tests.support import children_of, is_alive, wait_for, write_pattern
 
 HANG = 40
 """After how many seconds a test is believed to hang."""
@@ -650,3 +650,68 @@ def test_worker_adapter_works_until_the_end(queues):
     assert target.empty()
     assert source.get(timeout=HANG) == (5,)
     assert logging.getLogger().level == logging.ERROR
+
+
+# Wherever it is used {{{1
+
+COPY = """
+import sys
+from pdiffcopy.client import Client
+
+def copy(target):
+    return Client(source=sys.argv[1], target=target, block_size=4096).run().result.bytes_moved
+"""
+POOL = COPY + """
+import multiprocessing
+if __name__ == "__main__":
+    with multiprocessing.get_context("METHOD").Pool(1) as pool:
+        print(*pool.map(copy, sys.argv[2:]))
+"""
+PROGRAMS = {
+    "a forked worker of a pool": POOL.replace("METHOD", "fork"),
+    "a spawned worker of a pool": POOL.replace("METHOD", "spawn"),
+    "a thread of a program without a guard": COPY + """
+import threading
+thread = threading.Thread(target=lambda: print(copy(sys.argv[2])))
+thread.start()
+thread.join()
+""",
+    "a thread where there is no main module": COPY + """
+import threading
+del sys.modules["__main__"]
+thread = threading.Thread(target=lambda: print(copy(sys.argv[2])))
+thread.start()
+thread.join()
+""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("from_stdin", [False, True], ids=["file", "stdin"])
+@pytest.mark.parametrize("place", PROGRAMS)
+def test_client_works_anywhere(tmp_path, place, from_stdin):
+    """In daemonic processes, in threads, and without a main module that could be imported once more."""
+    from_stdin &= place != "a spawned worker of a pool"  # which multiprocessing itself can't import from there
+    write_pattern(tmp_path / "source", 100_000)
+    program = PROGRAMS[place]
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-" if from_stdin else "program.py", "source", "target"]
+    result = subprocess.run(command, input=program, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "100000\n"), result.stderr
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+def test_children_of_a_killed_daemonic_process_die_with_it(tmp_path):
+    """That's why it may have some."""
+    program = """
+import multiprocessing, os, sys, time
+from pdiffcopy.mp import Promise
+def work():
+    child = Promise(target=time.sleep, args=(100,))
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), 9)
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+process.join()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    wait_for(lambda: not is_alive(int(result.stdout)), what="the end of the child")

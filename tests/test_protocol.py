@@ -256,7 +256,7 @@ def test_digests_are_checked():
 
 # File information {{{1
 
-INFO = FileInfo(True, 123, 456, 789, "1:2", False, 20)
+INFO = FileInfo(True, 123, 456, 789, "1:2", False, 0o640, 20)
 
 
 def test_info_survives():
