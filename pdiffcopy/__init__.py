@@ -1,14 +1,14 @@
 """Configuration defaults for the pdiffcopy program."""
 
-import os
+from pdiffcopy.cores import count_cores
 
 __version__ = "2.0.0"
 
 BLOCK_SIZE = 1024 * 1024
 """The default block size in bytes (1 MiB)."""
 
-DEFAULT_CONCURRENCY = max(2, (os.cpu_count() or 1) // 3)
-"""The default concurrency: a third of the cores, but at least two."""
+DEFAULT_CONCURRENCY = max(2, count_cores() // 3)
+"""The default concurrency: a third of the cores that may be used, but at least two."""
 
 DEFAULT_PORT = 8080
 """The default port number of the server."""

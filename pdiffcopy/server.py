@@ -25,6 +25,7 @@ from pdiffcopy import protocol as wire
 from pdiffcopy.address import parse_listen
 from pdiffcopy.body import read_body, send_extents
 from pdiffcopy.confinement import Root
+from pdiffcopy.cores import count_cores
 from pdiffcopy.exceptions import (
     AuthenticationError,
     FileMissingError,
@@ -242,7 +243,7 @@ class _Views:
 @lru_cache(maxsize=1)
 def _get_executor(pid: int) -> tuple[ThreadPoolExecutor, int]:
     """The threads that hash for all clients of this process, and how many there are."""
-    threads = os.cpu_count() or 1
+    threads = count_cores()
     return ThreadPoolExecutor(threads, "hash"), threads
 
 

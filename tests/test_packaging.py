@@ -21,6 +21,7 @@ from property_manager import PropertyManager, cached_property, lazy_property, mu
 import pdiffcopy
 from pdiffcopy import exceptions
 from pdiffcopy.client import Client, Location
+from pdiffcopy.cores import count_cores
 from pdiffcopy.mp import Promise, WorkerPool
 
 HERE = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def test_documented_property_behaves_as_documented(cls, kind, name):
 def test_documented_constants():
     """The defaults are what they were."""
     assert pdiffcopy.BLOCK_SIZE == 1048576
-    assert max(2, (os.cpu_count() or 1) // 3) == pdiffcopy.DEFAULT_CONCURRENCY
+    assert max(2, count_cores() // 3) == pdiffcopy.DEFAULT_CONCURRENCY
     assert pdiffcopy.DEFAULT_PORT == 8080
 
 
