@@ -109,7 +109,7 @@ Supported options:
     Show this message and exit.
 
 Exit codes: 0 done, 1 failed, 3 SOURCE changed while it was copied (run again, or copy a snapshot), 4 a block could
-not be verified, 130 interrupted, 143 terminated.
+not be verified, 129 hung up, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ import gc
 import getopt
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -219,6 +220,10 @@ class _Terminated(BaseException):
     """SIGTERM arrived."""
 
 
+class _HungUp(BaseException):
+    """SIGHUP arrived: the terminal is gone, and there's nobody left to work for."""
+
+
 def main() -> NoReturn:
     """The command line interface."""
     coloredlogs.install()
@@ -227,6 +232,8 @@ def main() -> NoReturn:
     # It prints tracebacks of what ends up as one line in our own words.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup(1) leaves it
+        signal.signal(signal.SIGHUP, _hang_up)
     try:
         _run(sys.argv[1:])
         status = 0
@@ -238,11 +245,24 @@ def main() -> NoReturn:
         status = _fail("interrupted", 128 + signal.SIGINT)
     except _Terminated:
         status = _fail("terminated", 128 + signal.SIGTERM)
+    except _HungUp:
+        status = _fail("hung up", 128 + signal.SIGHUP)
     sys.exit(status)
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
     raise _Terminated
+
+
+def _hang_up(signum: int, frame: Any) -> NoReturn:
+    for fd in (1, 2):
+        try:
+            os.write(fd, b"")
+        except OSError:
+            # A terminal that is gone: to write there would fail, and take the place of what really happened.
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), fd)
+    raise _HungUp
 
 
 def _escape(record: logging.LogRecord) -> bool:

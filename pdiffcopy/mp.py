@@ -9,7 +9,7 @@ This module knows nothing of files and networks. What it promises:
 3. Leaving the ``with`` block of a pool leaves no process behind, and neither does the death of the parent. A child
    learns of that through the *lifeline*: a pipe whose only writing end is the parent's.
 4. Nothing is polled: the parent sleeps until a result or the end of a process wakes it.
-5. A child ignores Control-C (its parent decides what that means) and dies of SIGTERM without further ado.
+5. A child ignores Control-C and SIGHUP (its parent decides what they mean) and dies of SIGTERM without further ado.
 
 What runs in a pool, and at the same time::
 
@@ -57,6 +57,9 @@ _TERMINATION_TIMEOUT = 1.0
 """How long terminated processes have before they are killed, in seconds."""
 
 _thread = threading.local()
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""What ends a program from outside."""
+
 _lifelines: dict[int, tuple[Connection, Connection]] = {}
 
 
@@ -94,7 +97,7 @@ def _follow(lifeline: Connection) -> None:
 @contextmanager
 def _delayed_signals() -> Iterator[None]:
     """Make signals wait: in a child until it knows what to do about them, in the parent until it knows the child."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
@@ -171,8 +174,9 @@ class Promise(multiprocessing.Process):
     def run(self) -> None:
         """Run the target function in a newly spawned child process."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _follow(self._lifeline)
         try:
             outcome = _pickle(True, self._target(*self._args, **self._kwargs))  # type: ignore[attr-defined]

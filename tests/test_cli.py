@@ -425,8 +425,8 @@ def large(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-    ids=["SIGINT", "SIGTERM"],
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 @pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_signal_ends_a_run(large, options, number, status, word):
@@ -442,7 +442,36 @@ def test_signal_ends_a_run(large, options, number, status, word):
     assert options or not any(map(is_alive, family))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_terminal_that_goes_away_ends_a_run(large):
+    """Though there's nowhere left to write that to, the exit code is that of a hangup."""
+    for path in large:
+        os.truncate(path, 8 * 1024**3)
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, "-m", "pdiffcopy", "-m", "sha256", *map(str, large)])
+    family = wait_for(lambda: children_of(pid), what="the work")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    wait_for(lambda: not any(map(is_alive, family)), what="the end of the child processes")
+
+
+def test_hangup_is_ignored_under_nohup(tmp_path, server):
+    """Whoever starts a run so that it outlives its terminal gets that."""
+    data = write_pattern(tmp_path / "source", 4_000_000)
+    write_pattern(tmp_path / "target", 4_000_000, seed=2)
+    arguments = ["-b", "512", tmp_path / "source", server.location(tmp_path / "target")]
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    with _start(*arguments, start_new_session=True, **ignoring) as process:
+        wait_for(lambda: children_of(process.pid), what="the child processes")
+        os.killpg(process.pid, signal.SIGHUP)
+        result = _finish(process)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "target").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"]
+)
 def test_next_run_completes_an_interrupted_one(tmp_path, server, number):
     """Whatever the state of the target, the next run makes it equal to the source."""
     data = write_pattern(tmp_path / "source", 4_000_000)
@@ -450,8 +479,8 @@ def test_next_run_completes_an_interrupted_one(tmp_path, server, number):
     arguments = ["-b", "512", tmp_path / "source", server.location(tmp_path / "target")]
     with _start(*arguments, start_new_session=True) as process:
         family = wait_for(lambda: children_of(process.pid), what="the child processes")
-        # A terminal sends Control-C to all processes of the program.
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        # A terminal sends Control-C, and its own end, to all processes of the program.
+        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
         _finish(process)
     assert process.returncode == 128 + number
     wait_for(lambda: not any(map(is_alive, family)), what="the end of the child processes")

@@ -437,10 +437,10 @@ def test_killed_children_fail_the_run(server, tmp_path, direction, victim):
     pair.check_completion(server.port)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_interruption_leaves_a_target_to_complete(server, tmp_path, direction, number, status):
-    """SIGTERM and Control-C end the run with their exit code and without a process left, wherever it is."""
+    """SIGTERM, Control-C and SIGHUP end the run with their exit code and without a process left, wherever it is."""
     pair = Pair(tmp_path, direction, server.port)
     with interrupted(pair, server.port) as process:
         children = children_of(process.pid)
