@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import socket
 import ssl
 import struct
@@ -17,8 +18,11 @@ from typing import Any
 from flask import Flask
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException, UnsupportedTransferCoding
+from gunicorn.workers import base
 from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.workertmp import WorkerTmp
 
 from pdiffcopy.address import join_host_port
 from pdiffcopy.exceptions import UsageError
@@ -87,9 +91,65 @@ class Daemon(BaseApplication):
         """Called by gunicorn in each process."""
         return self.application
 
+    def run(self) -> None:
+        """Serve until a signal ends that."""
+        _Arbiter(self).run()
+
+
+class _Arbiter(Arbiter):
+    """
+    The first process. It sees to it that there are always as many others as the operator wants, until it's told to end.
+
+    It's a program in the foreground: it ends with its terminal, and there's no signal to reload or to upgrade it, or
+    to change the number of processes.
+    """
+
+    SIGNALS = [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM]
+
+    def init_signals(self) -> None:
+        """Called by gunicorn when it starts."""
+        super().init_signals()
+        _ignore_signals()
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup(1) leaves it
+            signal.signal(signal.SIGHUP, self.signal)
+
+    def handle_hup(self) -> None:
+        """Called by gunicorn, which would start all processes anew."""
+        self.stop()
+        sys.exit(128 + signal.SIGHUP)
+
+    def murder_workers(self) -> None:
+        """Called by gunicorn every second to kill processes that hang, not those that were stopped as this one was."""
+        last, self._looked = getattr(self, "_looked", 0.0), time.monotonic()
+        if self._looked - last < 5:
+            super().murder_workers()
+
+
+def _ignore_signals() -> None:
+    """No signal has a meaning that it hasn't in other programs."""
+    for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Heartbeat(WorkerTmp):
+    """By which the first process knows that another one doesn't hang: in memory, where no disk can keep it waiting."""
+
+    def __init__(self, cfg: Any):
+        self._tmp = os.fdopen(os.memfd_create("heartbeat"), "w+b", 0)
+
+
+# Gunicorn has no setting for that.
+base.WorkerTmp = _Heartbeat
+
 
 class _Worker(ThreadWorker):
     """Answers what isn't HTTP with a problem, like all other errors, and lets no client keep the others waiting."""
+
+    def init_signals(self) -> None:
+        """Called by gunicorn when the process starts."""
+        super().init_signals()
+        _ignore_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the first process decides what that means
 
     def handle(self, conn: Any) -> Any:
         """Called by gunicorn in a thread, with a connection from which a request is coming in."""

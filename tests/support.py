@@ -72,7 +72,13 @@ class Server:
 
 
 def start_server(
-    folder: Path, *options: str, port: int = 0, env: dict | None = None, scheme: str = "http", setup: str = ""
+    folder: Path,
+    *options: str,
+    port: int = 0,
+    env: dict | None = None,
+    scheme: str = "http",
+    setup: str = "",
+    **keywords,
 ) -> Server:
     """
     Start a server and wait until it accepts connections.
@@ -81,13 +87,14 @@ def start_server(
     :param options: Options for its command line.
     :param port: The port to listen on (by default a free one).
     :param setup: A statement to execute before the program begins, to change one of its constants.
+    :param keywords: More arguments for :class:`subprocess.Popen`.
     """
     port = port or find_free_port()
     log = folder / f"server-{port}.log"
     program = ["-c", f"{setup}; from pdiffcopy.cli import main; main()"] if setup else ["-m", "pdiffcopy"]
     command = [sys.executable, *program, "--listen", f"127.0.0.1:{port}", *options]
     with log.open("ab") as handle:
-        process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})})
+        process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})}, **keywords)
     server = Server(process, port, log, scheme)
     wait_for(lambda: can_connect(port) or process.poll() is not None, what="the server")
     assert process.poll() is None, log.read_text()

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import pytest
 import requests
 
+from pdiffcopy import daemon
 from pdiffcopy.address import Address
 from pdiffcopy.locations import Network
 from pdiffcopy.remote import RemoteReplica
@@ -48,7 +49,7 @@ def path(tmp_path):
 
 
 def make_head(line: str = "GET /info?filename=/x HTTP/1.1", *headers: str) -> bytes:
-    return "\r\n".join([line, "Host: x", *headers, "", ""]).encode("latin1")
+    return "\r\n".join([line, "Host: localhost", *headers, "", ""]).encode("latin1")
 
 
 MALFORMED = {
@@ -83,8 +84,8 @@ def test_malformed_request_is_a_problem(server, octets, status):
 @pytest.mark.parametrize(
     "request_head",
     ["GET", "nonsense\r\n\r\n", "GET /info HTTP/9.9\r\n\r\n", f"GET /{'x' * 9000} HTTP/1.1\r\n\r\n", "\0\0\0\0\r\n\r\n",
-     "POST /resize HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-     "POST /resize HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"],
+     "POST /resize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+     "POST /resize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"],
     ids=["cut", "nonsense", "version", "long", "zeros", "negative length", "two lengths"],
 )  # fmt: skip
 def test_what_is_not_http_is_refused(server, request_head):
@@ -102,7 +103,7 @@ def test_what_is_not_http_is_refused(server, request_head):
 
 @pytest.mark.parametrize(
     "octets",
-    [b"GET /in", make_head()[:-2], b"POST /resize HTTP/1.1\r\nHost: x\r\nContent-Le"],
+    [b"GET /in", make_head()[:-2], b"POST /resize HTTP/1.1\r\nHost: localhost\r\nContent-Le"],
     ids=["line", "head", "header"],
 )
 def test_half_a_request_is_given_up(impatient, octets):
@@ -180,13 +181,71 @@ def test_signal_ends_the_server_and_leaves_no_process(launch, path, number):
     family = wait_for(lambda: len(found := children_of(server.process.pid)) == 3 and found, what="three workers")
     with socket.create_connection(("127.0.0.1", server.port)) as idle, \
             socket.create_connection(("127.0.0.1", server.port)) as busy:  # fmt: skip
-        idle.sendall(f"GET /info?filename={name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        idle.sendall(f"GET /info?filename={name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert idle.recv(100).startswith(b"HTTP/1.1 200 ")
         busy.sendall(f"POST /blocks?filename={name}&offset=0 HTTP/1.1\r\nContent-Length: 9\r\n\r\n".encode())
         server.process.send_signal(number)
         server.process.wait(10)
     assert not any(map(is_alive, family))
     assert not can_connect(server.port)
+
+@pytest.mark.parametrize("number, status", [(signal.SIGHUP, 129), (signal.SIGQUIT, 0)], ids=["SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize("everybody", [False, True], ids=["first process", "all processes"])
+def test_server_ends_with_its_terminal(launch, path, number, status, everybody):
+    """A program in the foreground doesn't stay behind, whether the terminal tells one of its processes or all."""
+    server = launch("-c", "2", start_new_session=True)
+    family = wait_for(lambda: len(found := children_of(server.process.pid)) == 2 and found, what="two workers")
+    (os.killpg if everybody else os.kill)(server.process.pid, number)
+    assert server.process.wait(10) == status
+    wait_for(lambda: not any(map(is_alive, family)), what="the end of the workers")
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_server_outlives_its_terminal_under_nohup(launch):
+    """SIGHUP that was ignored at the start stays ignored, in all processes."""
+    server = launch("-c", "2", start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    family = wait_for(lambda: len(found := children_of(server.process.pid)) == 2 and found, what="two workers")
+    os.killpg(server.process.pid, signal.SIGHUP)
+    time.sleep(1.5)  # a worker that is missing is replaced once a second
+    assert children_of(server.process.pid) == family
+
+
+STRAY = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+
+
+def test_no_signal_changes_the_workers(launch, path):
+    """Gunicorn's own signals have no meaning: nothing is added, removed, restarted or stopped by them."""
+    server = launch("-c", "2")
+    family = wait_for(lambda: len(found := children_of(server.process.pid)) == 2 and found, what="two workers")
+    for number in STRAY:
+        for pid in [server.process.pid, *family]:
+            os.kill(pid, number)
+    for worker in family:
+        os.kill(worker, signal.SIGHUP)
+    time.sleep(1.5)  # gunicorn looks once a second
+    assert children_of(server.process.pid) == family
+    assert requests.get(f"{server.origin}/info", {"filename": path}, timeout=TIMEOUT).status_code == 200
+
+
+def test_pause_of_the_server_is_no_reason_to_restart_workers(monkeypatch):
+    """Who was stopped together with everybody else (Control-Z, a frozen container) isn't taken for hanging."""
+    killed, clock = [], [100.0]
+    monkeypatch.setattr(daemon.Arbiter, "murder_workers", lambda self: killed.append(clock[0]))
+    monkeypatch.setattr(daemon.time, "monotonic", lambda: clock[0])
+    arbiter = daemon._Arbiter.__new__(daemon._Arbiter)
+    for clock[0] in (100.0, 101.0, 102.0, 900.0, 901.0):
+        arbiter.murder_workers()
+    assert killed == [101.0, 102.0, 901.0]
+
+
+def test_heartbeat_is_in_memory(launch, tmp_path):
+    """No process depends on a file in $TMPDIR, which may be full, frozen or read-only."""
+    server = launch("-c", "1", env={"TMPDIR": str(tmp_path)})
+    (worker,) = wait_for(lambda: children_of(server.process.pid), what="a worker")
+    for pid in (server.process.pid, worker):
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        assert not [link for link in links if link.startswith(str(tmp_path))]
+        assert [link for link in links if link.startswith("/memfd:heartbeat")]
 
 
 def test_concurrency_is_the_number_of_processes(launch):
