@@ -92,6 +92,11 @@ Supported options:
 
     Server: serve https with this certificate and its key.
 
+  --allow-host=NAME
+
+    Server: clients may call it by this name (can be repeated, or several with commas; '*' is any name). Addresses,
+    'localhost', the name behind --listen and the name of this machine are allowed anyway. Web pages get in by no name.
+
   -v, --verbose
 
     Say more (can be repeated).
@@ -119,6 +124,7 @@ import getopt
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -179,6 +185,15 @@ def _parse_seconds(option: str, value: str) -> float:
     return seconds
 
 
+def _parse_names(option: str, value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|\*", name):
+            text = "{option} needs the name of a host, without a port, not {value}"
+            raise UsageError(text, option=option, value=repr(name))
+    return names
+
+
 # What each option means: who wants it ("both", "client" or "server"), its name there, and how its value is read.
 # An option whose value isn't read takes none.
 _OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
@@ -201,6 +216,7 @@ _OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "--devices": ("server", "devices", None),
     "--certfile": ("server", "certfile", _parse_text),
     "--keyfile": ("server", "keyfile", _parse_text),
+    "--allow-host": ("server", "allow_hosts", _parse_names),
 }
 _SHORT = {
     "-b": "--block-size",
@@ -309,7 +325,9 @@ def _parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         elif name == "--quiet":
             coloredlogs.decrease_verbosity()
         parse = _OPTIONS[name][2] if name in _OPTIONS else None
-        options[name] = parse(name, value) if parse else True
+        parsed = parse(name, value) if parse else True
+        # What may be repeated is a tuple.
+        options[name] = options.get(name, ()) + parsed if isinstance(parsed, tuple) else parsed
     return options, locations
 
 
@@ -391,7 +409,8 @@ def run_server(**options: Any) -> None:
     Run the server program.
 
     :param options: The options of the command line by their long names (with underscores): ``address``,
-                    ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``certfile``, ``keyfile``.
+                    ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``certfile``, ``keyfile``,
+                    ``allow_hosts``.
     """
     try:
         with _starting():
@@ -400,6 +419,7 @@ def run_server(**options: Any) -> None:
     except ImportError as e:
         text = "A server requirement is missing ({error}): install pdiffcopy[server] from its checkout (README.rst)"
         raise DependencyError(text, error=e) from e
-    settings: dict[str, Any] = {name: options.pop(name) for name in ("root", "read_only", "devices") if name in options}
+    names = ("root", "read_only", "devices", "allow_hosts")
+    settings: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     settings["token"] = load_token(options.pop("token_file", ""))
     start_server(settings=Settings(**settings), **options)

@@ -11,7 +11,9 @@ import ssl
 import struct
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -19,12 +21,23 @@ from flask import Flask
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
-from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException, UnsupportedTransferCoding
+from gunicorn.http import RequestParser
+from gunicorn.http.body import LengthReader
+from gunicorn.http.errors import (
+    LimitRequestHeaders,
+    LimitRequestLine,
+    NoMoreData,
+    ParseException,
+    UnsupportedTransferCoding,
+)
+from gunicorn.sock import ssl_context
 from gunicorn.workers import base
 from gunicorn.workers.gthread import ThreadWorker
 from gunicorn.workers.workertmp import WorkerTmp
 
+from pdiffcopy import reception
 from pdiffcopy.address import join_host_port
+from pdiffcopy.admission import NOTED, Gate
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.protocol import PROBLEM_TYPE, encode_problem
 from pdiffcopy.splice import get_socket_options
@@ -33,14 +46,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 1024
 """How many requests a process works on at the same time. Most of them are cheap: they wait for a slow client."""
-CONNECTIONS = 4096
-"""How many connections a process has open at the same time."""
-STALL_TIMEOUT = 30
-"""After how many seconds without a sign of life a client is given up."""
-KEEPALIVE = 75
-"""How long an idle connection stays open, in seconds."""
-LEAVE_TIMEOUT = 2
-"""How long to wait for a client to close its end of a connection that comes to an end, in seconds."""
+STRANGER_THREADS = 4
+"""How many strangers are told at the same time that they can't come in."""
 GRACE = 3
 """How long requests may go on after SIGTERM, in seconds."""
 
@@ -48,7 +55,9 @@ GRACE = 3
 class Daemon(BaseApplication):
     """A gunicorn server with the settings that pdiffcopy needs."""
 
-    def __init__(self, application: Flask, address: tuple[str, int], processes: int, certfile: str, keyfile: str):
+    def __init__(
+        self, application: Flask, address: tuple[str, int], processes: int, certfile: str, keyfile: str, gate: Gate
+    ):
         """
         Initialize a server.
 
@@ -57,15 +66,17 @@ class Daemon(BaseApplication):
         :param processes: How many processes share the work.
         :param certfile: The certificate to serve https with (empty for http).
         :param keyfile: The key of that certificate.
+        :param gate: Who is a client.
         """
         self.application = application
+        self.gate = gate
         host, port = address
         self.options = {
             "bind": join_host_port(host or "0.0.0.0", port),
             "certfile": certfile or None,
             "control_socket_disable": True,
             "graceful_timeout": GRACE,
-            "keepalive": KEEPALIVE,
+            "keepalive": reception.KEEPALIVE,
             "keyfile": keyfile or None,
             "limit_request_line": 8190,
             "logger_class": _Logger,
@@ -73,7 +84,7 @@ class Daemon(BaseApplication):
             "threads": THREADS,
             "when_ready": _when_ready,
             "worker_class": _Worker,
-            "worker_connections": CONNECTIONS,
+            "worker_connections": reception.CONNECTIONS,
             "worker_exit": _leave,
             "workers": processes,
         }
@@ -143,7 +154,12 @@ base.WorkerTmp = _Heartbeat
 
 
 class _Worker(ThreadWorker):
-    """Answers what isn't HTTP with a problem, like all other errors, and lets no client keep the others waiting."""
+    """
+    A process that serves.
+
+    Gunicorn's worker of this kind gives a thread to whoever connects. Here connections wait in a :class:`.Reception`
+    for their requests, which are read and answered by gunicorn then.
+    """
 
     def init_signals(self) -> None:
         """Called by gunicorn when the process starts."""
@@ -151,38 +167,137 @@ class _Worker(ThreadWorker):
         _ignore_signals()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the first process decides what that means
 
-    def handle(self, conn: Any) -> Any:
-        """Called by gunicorn in a thread, with a connection from which a request is coming in."""
-        outcome = super().handle(conn)
-        if outcome is False:
-            # Gunicorn would do this too, but in the thread that all clients of the process depend on.
-            _take_leave(conn.sock)
-        return outcome
+    def load_wsgi(self) -> None:
+        """Called by gunicorn when the process starts."""
+        self.threads: int = self.cfg.threads
+        self.wsgi = self.answer
+        self.contexts = _Contexts(self.cfg)
 
-    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
-        """Called by gunicorn when a request can't be parsed, and for bugs."""
-        if not isinstance(exc, ParseException):
-            super().handle_error(req, client, addr, exc)
-            return
-        status = HTTPStatus(_PARSE_ERRORS.get(type(exc), 400))
-        self.log.warning("A malformed request from %s: %s", (addr or [""])[0], exc)
-        body = encode_problem(status, status.phrase, "The request is malformed, or a part of it is too long")
+    def run(self) -> None:
+        """Called by gunicorn: the life of the process."""
+        strangers = ThreadPoolExecutor(STRANGER_THREADS)
+        desk = reception.Reception(self, [listener.sock for listener in self.sockets], self.tpool, strangers)
+        desk.heed(self.PIPE[0])
+        while self.alive and self.is_parent_alive():
+            self.notify()
+            desk.turn()
+        desk.stop()
+        deadline = time.monotonic() + GRACE
+        while (desk.served or desk.leaving) and time.monotonic() < deadline:
+            self.notify()
+            desk.turn()
+        for executor in (self.tpool, strangers):
+            executor.shutdown(wait=False)
+
+    # What the reception asks for {{{1
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """Begin to encrypt a connection, if that's wanted."""
+        if not self.cfg.is_ssl:
+            return sock
+        return self.contexts.get().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+
+    def read(self, visitor: reception.Visitor) -> float | None:
+        """Read a request, and find out who sent it."""
+        head, visitor.head = visitor.head, b""
+        if b"\r\n\r\n" not in head:
+            raise LimitRequestHeaders("limit request headers fields size")
+        parser = RequestParser(self.cfg, visitor.sock, visitor.client)
+        parser.unreader.unread(head)
+        visitor.request = next(parser)
+        # As WSGI joins them.
+        authorization = ",".join(value for name, value in visitor.request.headers if name == "AUTHORIZATION")
+        gate = self.app.gate
+        if gate.knows(authorization):
+            return None
+        return gate.guesses.note(visitor.address) if authorization else 0
+
+    def refuse(self, visitor: reception.Visitor, error: Exception) -> None:
+        """Answer what isn't a request with a problem, like all other errors."""
+        send, status = visitor.sock.send, HTTPStatus(_PARSE_ERRORS.get(type(error), 400))
+        detail = "The request is malformed, or a part of it is too long"
+        if isinstance(error, ssl.SSLError):
+            logger.info("No encrypted connection with %s: %s", visitor.address, error)
+            if error.reason != "HTTP_REQUEST":
+                return
+            send, detail = partial(socket.socket.send, visitor.sock), "This server speaks https, not http"
+        elif isinstance(error, (ParseException, BlockingIOError)):
+            self.log.warning("A malformed request from %s: %s", visitor.address, error)
+        else:
+            logger.error("A bug, please report it:", exc_info=error)
+        body = encode_problem(status, status.phrase, detail)
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nContent-Type: {PROBLEM_TYPE}\r\n"
         with suppress(OSError):
-            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode("ascii"))
+            send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode("ascii"))
+
+    def serve(self, visitor: reception.Visitor) -> bool:
+        """Answer a request."""
+        request, sock = visitor.request, visitor.sock
+        request.is_client = visitor.is_client
+        # A socket that isn't encrypted knows by itself how long to wait (see _when_ready).
+        sock.settimeout(reception.STALL_TIMEOUT if isinstance(sock, ssl.SSLSocket) else None)
+        try:
+            goes_on = self.handle_request(request, visitor)
+            visitor.head = request.unreader.buf.getvalue()
+            return bool(goes_on)
+        except (StopIteration, NoMoreData) as e:
+            logger.debug("%s left early: %s", visitor.address, e)
+        except OSError as e:
+            logger.info("The connection with %s broke: %s", visitor.address, e)
+        except Exception as e:
+            self.handle_error(request, sock, visitor.client, e)
+        return False
+
+    def count_missing(self, visitor: reception.Visitor) -> int:
+        """How much of the body of a request is missing."""
+        return _count_unread(visitor.request)
+
+    def answer(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """The application, as gunicorn calls it. The connection ends for strangers, and where a body goes on."""
+        environ[NOTED] = True
+        body = self.app.application(environ, start_response)
+        response = start_response.__self__
+        if not (response.req.is_client and _skip_body(response.req)):
+            response.force_close()
+        return body
 
 
-def _take_leave(sock: socket.socket) -> None:
-    """Give a client time to read its answer: when a connection is closed with something unread, it's lost at once."""
-    deadline = time.monotonic() + LEAVE_TIMEOUT
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_WR)
-        while (remaining := deadline - time.monotonic()) > 0:
-            sock.settimeout(remaining)
-            if not sock.recv(65536):
-                break
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+def _count_unread(request: Any) -> int:
+    """How much of the body of a request hasn't been read, as far as that's known."""
+    reader = getattr(getattr(request, "body", None), "reader", None)
+    return getattr(reader, "length", 0)
+
+
+def _skip_body(request: Any) -> bool:
+    """Throw away what is left of a body, if it has arrived already, and tell whether the next request follows."""
+    reader = request.body.reader
+    if not isinstance(reader, LengthReader):
+        return False
+    if reader.length <= len(request.unreader.buf.getvalue()):
+        reader.read(reader.length)
+    return not reader.length
+
+
+class _Contexts:
+    """How connections are encrypted: anew when a certificate was renewed, without ending the server for that."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.files: list[int] = []
+        self.context: ssl.SSLContext | None = None
+
+    def get(self) -> ssl.SSLContext:
+        """The context for the next connection."""
+        try:
+            files = [os.stat(name).st_mtime_ns for name in (self.config.certfile, self.config.keyfile)]
+            if not self.context or files != self.files:
+                self.context, self.files = ssl_context(self.config), files
+        except OSError as e:
+            if not self.context:
+                raise
+            # Somebody is busy replacing them.
+            logger.warning("Can't use the new certificate, and go on with the old one: %s", e)
+        return self.context
 
 
 _PARSE_ERRORS = {LimitRequestLine: 414, LimitRequestHeaders: 431, UnsupportedTransferCoding: 501}
@@ -231,9 +346,9 @@ def _when_ready(server: Any) -> None:
     for listener in server.LISTENERS:
         logger.info("Serving on %s (Control-C stops the server)", listener)
         sock = listener.sock
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_TIMEOUT, 0))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", STALL_TIMEOUT, 0))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", reception.STALL_TIMEOUT, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", reception.STALL_TIMEOUT, 0))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, reception.STALL_TIMEOUT * 1000)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option in get_socket_options(sock.getsockname()[0]):
             sock.setsockopt(*option)

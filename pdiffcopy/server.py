@@ -23,6 +23,7 @@ from werkzeug.exceptions import HTTPException
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy import protocol as wire
 from pdiffcopy.address import parse_listen
+from pdiffcopy.admission import NOTED, Gate
 from pdiffcopy.body import read_body, send_extents
 from pdiffcopy.confinement import Root
 from pdiffcopy.cores import count_cores
@@ -39,7 +40,7 @@ from pdiffcopy.hashing import HEARTBEAT, get_hasher, get_methods, hash_stripes
 from pdiffcopy.localfile import MACHINE, LocalFile
 from pdiffcopy.operations import claim_file, release_file, resize_file, sync_file
 from pdiffcopy.protocol import BlockDigest, Extent, Parameters
-from pdiffcopy.security import check_certificate, check_token, is_loopback, load_token
+from pdiffcopy.security import check_certificate, is_loopback, load_token
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,18 @@ class Settings:
     token: str = ""
     read_only: bool = False
     devices: bool = False
+    allow_hosts: tuple[str, ...] = ()
+    """The names by which clients may call the server, see :class:`.Gate`."""
 
 
-def create_app(settings: Settings) -> Flask:
-    """Make a WSGI application."""
-    views = _Views(settings)
+def create_app(settings: Settings, gate: Gate | None = None) -> Flask:
+    """
+    Make a WSGI application.
+
+    :param settings: What the operator wants.
+    :param gate: Who is a client (by default what the settings say).
+    """
+    views = _Views(settings, gate or Gate(settings.token, settings.allow_hosts))
     application = Flask(__name__, static_folder=None)
     application.before_request(views.authenticate)
     application.after_request(_sign)
@@ -79,15 +87,17 @@ def create_app(settings: Settings) -> Flask:
 class _Views:
     """What the endpoints do."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, gate: Gate):
         self.settings = settings
+        self.gate = gate
         self.namespace = Root(settings.root) if settings.root else MACHINE
 
     def authenticate(self) -> None:
         """Comes first, before any parameter or file is looked at."""
-        token = self.settings.token
-        if token and not check_token(token, request.headers.get("Authorization", "")):
-            raise AuthenticationError("This server wants a token, and none or the wrong one was given (--token-file)")
+        authorization = request.headers.get("Authorization", "")
+        if authorization and not self.gate.knows(authorization) and not request.environ.get(NOTED):
+            self.gate.guesses.note(request.remote_addr or "")
+        self.gate.check(request.headers)
         wire.check_query(request.query_string, request.headers.get(wire.REQUEST_HEADER, ""))
 
     def info(self) -> Any:
@@ -138,7 +148,7 @@ class _Views:
             extents = []
         headers["Content-Length"] = str(sum(extent.size for extent in extents))
         body = send_extents(request.environ, file, extents)
-        response = Response(body, headers=headers, mimetype="application/octet-stream", direct_passthrough=True)
+        response = Response(body, headers=headers, mimetype="application/octet-stream")
         response.call_on_close(file.close)
         return response
 
@@ -308,7 +318,8 @@ def start_server(
     settings = settings or Settings(token=load_token())
     if warning := describe_exposure(settings, host):
         logger.warning("%s", warning)
-    Daemon(create_app(settings), (host, port), concurrency, certfile, keyfile).run()
+    gate = Gate(settings.token, (*settings.allow_hosts, host))
+    Daemon(create_app(settings, gate), (host, port), concurrency, certfile, keyfile, gate).run()
 
 
 def describe_exposure(settings: Settings, host: str) -> str:
@@ -317,7 +328,10 @@ def describe_exposure(settings: Settings, host: str) -> str:
         return ""
     verb = "read" if settings.read_only else "read and write"
     where = f"below {settings.root}" if settings.root else "of this machine that this user can"
+    missing = {"--token-file": True, "--root": not settings.root, "--read-only": not settings.read_only}
+    options = [option for option, is_missing in missing.items() if is_missing]
+    last = f" and {options.pop()}" if len(options) > 1 else ""
     return (
         f"This server is open: whoever can reach it may {verb} all files {where}. "
-        "Use --token-file, --root and --read-only to close it."
+        f"Use {', '.join(options)}{last} to close it."
     )

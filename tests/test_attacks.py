@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -17,6 +18,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread, Timer
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -29,7 +31,7 @@ from pdiffcopy.localfile import LocalFile
 from pdiffcopy.locations import Network
 from pdiffcopy.operations import resize_file
 from pdiffcopy.security import warn_of_eavesdroppers
-from pdiffcopy.server import Settings, describe_exposure
+from pdiffcopy.server import Settings, describe_exposure, start_server
 from tests.hostile import BEHAVIOURS, HostileProcess
 from tests.support import children_of, error_lines, ext4, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
 from tests.test_faults import check_error
@@ -241,7 +243,8 @@ def token_file(tmp_path):
 
 def test_token_is_asked_for_before_anything_else(launch, token_file):
     """Without the token each request gets the same answer, whatever it's about."""
-    server = launch("--token-file", str(token_file))
+    at_once = "from pdiffcopy import admission; admission.LONGEST_DELAY = 0"
+    server = launch("--token-file", str(token_file), setup=at_once)
     targets = [(method, f"{endpoint}{query}") for method, endpoint in ENDPOINTS for query in (
         "", "?filename=/etc/hostname", "?filename=relative", "?filename=%00", "?offset=-1&offset=2"
     )]  # fmt: skip
@@ -418,6 +421,110 @@ def test_open_server_is_warned_of(host, token, warned):
     warning = describe_exposure(Settings(token=token), host)
     assert bool(warning) == warned
     assert not warned or all(option in warning for option in ("--token-file", "--root", "--read-only"))
+
+
+@pytest.mark.parametrize("settings, advice", [
+    ({}, "Use --token-file, --root and --read-only to close it."),
+    ({"root": "/srv"}, "Use --token-file and --read-only to close it."),
+    ({"read_only": True}, "Use --token-file and --root to close it."),
+    ({"root": "/srv", "read_only": True}, "Use --token-file to close it."),
+])  # fmt: skip
+def test_warning_names_what_is_missing(settings, advice):
+    """Nobody is told to use an option that is in use."""
+    assert describe_exposure(Settings(**settings), "").endswith(advice)
+
+
+# Web pages {{{1
+
+
+@pytest.mark.parametrize("headers", [
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"}, {"Host": "evil.example"}, {"Host": "evil.example:8080"},
+])  # fmt: skip
+def test_web_pages_are_not_clients(server, tmp_path, headers):
+    """A page in a browser on the same machine can neither write nor read, by whatever name it calls the server."""
+    file = tmp_path / "file"
+    file.write_bytes(b"precious")
+    for method, endpoint in ENDPOINTS:
+        data = b"evil" if (method, endpoint) == ("POST", "blocks") else None
+        url = f"{server.origin}/{endpoint}?filename={file}&block_size=4096&method=sha1&offset=0&size=4"
+        response = requests.request(method, url, data=data, headers=headers, timeout=20)
+        assert response.status_code == 403
+        assert response.headers["Content-Type"] == "application/problem+json"
+        assert not any(name.startswith("Access-Control") for name in response.headers)
+        assert b"prec" not in response.content
+    preflight = requests.options(url, headers={"Origin": "http://evil.example"}, timeout=20)
+    assert preflight.status_code == 403
+    assert file.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("options, hosts, others", [
+    (["--allow-host=files.lan,db2", "--allow-host=db3"], ["files.lan", "db2:80", "DB3."], ["db4", "lan"]),
+    (["--allow-host=*"], ["anything.example"], []),
+    ([], ["127.0.0.1", "[::1]:1", "localhost", socket.gethostname()], ["files.lan"]),
+])  # fmt: skip
+def test_host_may_be_allowed(launch, options, hosts, others):
+    """--allow-host takes several names, by repetition or with commas. What refuses a name says how to allow it."""
+    server = launch(*options)
+    for host in hosts:
+        assert requests.get(f"{server.origin}/info?filename=/x", headers={"Host": host}, timeout=20).status_code == 404
+    for host in others:
+        response = requests.get(f"{server.origin}/info?filename=/x", headers={"Host": host}, timeout=20)
+        assert response.status_code == 403
+        assert host in response.json()["detail"] and "--allow-host" in response.json()["detail"]
+
+
+def test_name_that_was_listened_on_is_allowed(monkeypatch):
+    """Whoever tells a server to listen on a name calls it by that name, too."""
+    from pdiffcopy import daemon
+
+    gates = []
+
+    def make_daemon(*arguments):
+        gates.append(arguments[-1])
+        return SimpleNamespace(run=lambda: None)
+
+    monkeypatch.setattr(daemon, "Daemon", make_daemon)
+    for address in ("files.lan:8080", "8080"):
+        start_server(address, settings=Settings())
+    assert [gate.is_ours("files.lan:8080") for gate in gates] == [True, False]
+
+
+@pytest.mark.parametrize("value", ["", "db2:8080", "http://db2", "a b", "db2,", "**"])
+def test_impossible_hosts_are_refused(value):
+    """What can't be the name of a host is an error, not a name that nobody ever uses."""
+    result = run_pdiffcopy("-l", "127.0.0.1:1", f"--allow-host={value}")
+    assert result.returncode == 1
+    assert "--allow-host" in check_error(1, result.stderr)
+
+
+# Guessing {{{1
+
+
+def test_wrong_tokens_take_longer_and_longer(launch, token_file):
+    """Who guesses waits, and is in the log; who knows the token is served at once, though it's the same address."""
+    slowly = "from pdiffcopy import admission; admission.FIRST_DELAY = 0.5"
+    server = launch("--token-file", str(token_file), "-c", "1", setup=slowly)
+    url = f"{server.origin}/info?filename=/x"
+
+    def ask_with(token: str) -> tuple[int, float]:
+        started = time.monotonic()
+        status = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=60).status_code
+        return status, time.monotonic() - started
+
+    outcomes = [ask_with("wrong-token") for _ in range(5)]
+    assert [status for status, _ in outcomes] == [401] * 5
+    assert outcomes[3][1] >= 0.5 and outcomes[4][1] >= 1
+    head = b"GET /info?filename=/x HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer wrong-token\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(20):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            sock.sendall(head)
+        status, _ = ask_with(TOKEN)
+        assert status == 404
+        assert not select.select([sock], [], [], 0)[0]  # the last one of them still waits
+    wait_for(lambda: server.log.read_text().count("A wrong token from 127.0.0.1") == 25, what="the log")
+    assert "wrong-token" not in server.log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -646,7 +753,7 @@ def test_idle_connections_do_not_stop_a_client(launch, tmp_path, many_descriptor
     server = launch("-c", "2")
     file = tmp_path / "file"
     file.write_bytes(bytes(1000))
-    body = f"POST /blocks?filename={file}&offset=0 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf"
+    body = f"POST /blocks?filename={file}&offset=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
     openings = [b""] * 500 + [b"GET /info?filename=/ HTTP/1.1\r\nHo"] * 500 + [body.encode()] * 100
     with ExitStack() as stack:
         for opening in openings:
@@ -674,7 +781,7 @@ def test_client_that_leaves_costs_no_more_work(launch, tmp_path):
         handle.truncate(2000 * 1024**3)
     query = f"filename={tmp_path / 'huge'}&block_size=65536&method=sha256&concurrency=2"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
-        sock.sendall(f"GET /hashes?{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.sendall(f"GET /hashes?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert sock.recv(65536).startswith(b"HTTP/1.1 200")
         before = cpu_time(server)
         wait_for(lambda: cpu_time(server) > before + 5, what="work")
@@ -713,9 +820,8 @@ def test_bodies_need_an_exact_and_limited_length(server, tmp_path, header, statu
     file = tmp_path / "file"
     file.write_bytes(b"data")
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
-        sock.sendall(
-            f"POST /blocks?filename={file}&offset=0 HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n4\r\nevil\r\n".encode()
-        )
+        head = f"POST /blocks?filename={file}&offset=0 HTTP/1.1\r\nHost: localhost\r\n{header}"
+        sock.sendall(f"{head}\r\n\r\n4\r\nevil\r\n".encode())
         assert sock.recv(65536).split()[1] == str(status).encode()
     assert file.read_bytes() == b"data"
 
@@ -741,7 +847,7 @@ def test_memory_of_the_server_stays_flat(launch, tmp_path):
             sock.recv(65536)
 
     name = quote(str(file))
-    end = "HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    end = "HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     extents = f"0:{2**29},{2**29}:{2**29}"
     openings = [
         (f"GET /blocks?filename={name}&offset=0&size={2**30} {end}\r\n", b""),
@@ -765,7 +871,7 @@ def test_what_clients_send_is_escaped_in_the_log(launch, tmp_path):
         ask(server, method, endpoint, f"/{evil}")
         ask(server, method, endpoint, f"{tmp_path}/{evil}", method=evil)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
-        sock.sendall(b"GET /\x1b[2J HTTP/1.1\r\nHost: x\r\nX\x1b: \x1b[2J\r\n\r\n")
+        sock.sendall(b"GET /\x1b[2J HTTP/1.1\r\nHost: localhost\r\nX\x1b: \x1b[2J\r\n\r\n")
         sock.recv(65536)
     log = server.log.read_text("utf-8", errors="replace")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]", log)

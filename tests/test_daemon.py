@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from tests.support import (
     find_free_port,
     is_alive,
     run_pdiffcopy,
+    serve_https,
     wait_for,
     write_pattern,
 )
@@ -246,6 +248,30 @@ def test_heartbeat_is_in_memory(launch, tmp_path):
         links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
         assert not [link for link in links if link.startswith(str(tmp_path))]
         assert [link for link in links if link.startswith("/memfd:heartbeat")]
+
+
+def test_renewed_certificate_is_used(launch, authority, tmp_path):
+    """It takes no restart, and one that is half written doesn't do any harm."""
+    for name in ("pem", "key"):
+        shutil.copy(authority / f"server.{name}", tmp_path / f"tls.{name}")
+    server = serve_https(launch, tmp_path, "tls")
+
+    def get_certificate() -> str:
+        return ssl.get_server_certificate(("127.0.0.1", server.port), timeout=TIMEOUT)
+
+    first = get_certificate()
+    (tmp_path / "tls.pem").write_text("half a certif")
+    assert get_certificate() == first
+    for name in ("pem", "key"):
+        shutil.copy(authority / f"stranger.{name}", tmp_path / f"tls.{name}")
+    assert get_certificate() != first
+
+
+def test_http_on_a_port_for_https_is_named(launch, authority):
+    """Who forgot an s gets to know it."""
+    server = serve_https(launch, authority)
+    answer = exchange(server.port, make_head())
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"https" in answer
 
 
 def test_concurrency_is_the_number_of_processes(launch):

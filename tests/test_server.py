@@ -484,7 +484,8 @@ def test_body_without_length_is_411(server, path):
 def test_body_that_is_too_long_is_413(server, path, length):
     """It's refused by what it announces, without being read."""
     before = snapshot(path)
-    head = f"POST /blocks?filename={quote(str(path))}&offset=0 HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    line = f"POST /blocks?filename={quote(str(path))}&offset=0 HTTP/1.1"
+    head = f"{line}\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
         sock.sendall(head.encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -493,7 +494,8 @@ def test_body_that_is_too_long_is_413(server, path, length):
 
 def test_body_that_ends_early_is_a_client_error(server, path):
     """A client that announces more than it sends learns of it, where it still listens."""
-    head = f"POST /blocks?filename={quote(str(path))}&offset=0 HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nshort"
+    line = f"POST /blocks?filename={quote(str(path))}&offset=0 HTTP/1.1"
+    head = f"{line}\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nshort"
     with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
         sock.sendall(head.encode())
         sock.shutdown(socket.SHUT_WR)
@@ -576,7 +578,7 @@ def test_connections_are_kept_alive(server, path):
     with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
         reader = sock.makefile("rb")
         for target in targets:
-            sock.sendall(f"{target} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+            sock.sendall(f"{target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
             assert reader.readline().startswith(b"HTTP/1.1 "), f"the connection was closed before {target}"
             headers = dict(line.lower().strip().split(b": ", 1) for line in iter(reader.readline, b"\r\n"))
             assert headers.get(b"connection") != b"close"
@@ -590,7 +592,7 @@ def test_connections_are_kept_alive(server, path):
 
 def test_close_is_respected(server, path):
     """An old client wants its connection to be closed after the response."""
-    head = f"GET /info?filename={quote(str(path))} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    head = f"GET /info?filename={quote(str(path))} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answer = exchange(server.port, head.encode())
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["size"] == 3 * BLOCK + 100

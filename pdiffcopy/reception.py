@@ -1,0 +1,452 @@
+"""
+Where does a connection wait, for how long, and how many may?
+
+A request gets a thread when its head is complete, and not before: until then, and between two requests, its connection
+is one of many in an event loop, where slow ones cost nothing but a place. In this process::
+
+    the loop (one thread)                                       threads
+    ---------------------                                       -------
+    accept --> handshake --> head --> who is that? -- a client -----> serve the request --.
+                               ^               |                                          |
+                               |               `----- a stranger ---> answer 401          |
+                               |                      (a few threads)                     |
+                               `------- another request may follow -----------------------+
+                                                                                          |
+    close <-- take leave <----------------------------------------------------------------'
+
+1. *Strangers* are those of whom no request was accepted yet. There are few places for them, and little time: from the
+   first packet to the end of the first head. Whoever comes when all places are taken gets that of the stranger who
+   has been there for longest. So thousands of slow connections keep each other out, and nobody else: a client needs a
+   few milliseconds.
+2. *Clients* have shown the token (or have sent a head, where there is no token). They keep their connections for a
+   while between two requests. When there are too many, the one that has idled for longest is closed.
+3. While a request is being served its client is watched: data has to move at a minimum rate whenever the server waits
+   for the client. Where threads are scarce, little patience is left.
+
+It doesn't matter to any of this whether a connection is encrypted, and nothing here knows what is requested.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import math
+import os
+import queue
+import resource
+import selectors
+import socket
+import ssl
+import struct
+import termios
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from contextlib import suppress
+from enum import Enum
+from typing import Any, Protocol
+
+PLACES = 512
+"""For how many strangers a process has room (fewer if it may have less than 4096 descriptors)."""
+CONNECTIONS = 4096
+"""For how many clients a process has room (fewer if it may have less than 8192 descriptors)."""
+HEAD_TIMEOUT = 10
+"""How long the head of a request may take, in seconds. For a stranger that includes the handshake."""
+KEEPALIVE = 75
+"""How long an idle connection of a client stays open, in seconds."""
+LEAVE_TIMEOUT = 2
+"""How long to wait for a client to close its end of a connection that comes to an end, in seconds."""
+STALL_TIMEOUT = 30
+"""How long a client may keep a request waiting, in seconds."""
+CROWDED_TIMEOUT = 3
+"""The same when other requests wait for a thread."""
+MINIMUM_RATE = 256
+"""How many bytes a second are progress."""
+HEAD_SIZE = 64 * 1024
+"""How long the head of a request may be, in bytes."""
+
+_CHUNK = 16 * 1024
+_ROUND = 64
+_TICK = 1.0
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(Enum):
+    """What happens to a connection."""
+
+    HANDSHAKE = "handshake"
+    HEAD = "head"
+    HELD = "held"
+    """The answer takes time on purpose."""
+    SERVED = "served"
+    LEAVING = "leaving"
+    CLOSED = "closed"
+
+
+class Visitor:
+    """A connection, and what is known about it. Gunicorn looks at some of the attributes, too."""
+
+    def __init__(self, sock: socket.socket, client: Any, server: Any):
+        """
+        Initialize a visitor.
+
+        :param sock: The socket.
+        :param client: The address of the client.
+        :param server: The address that the client has connected to.
+        """
+        self.sock, self.client, self.server = sock, client, server
+        self.stage = Stage.HEAD
+        self.deadline = time.monotonic() + HEAD_TIMEOUT
+        self.is_client = False
+        self.head = b""
+        self.request: Any = None
+        self.patience: float = STALL_TIMEOUT
+        self.moved = 0
+
+    @property
+    def address(self) -> str:
+        """Where it comes from, without the port."""
+        return self.client[0] if isinstance(self.client, tuple) else ""
+
+
+class Host(Protocol):
+    """Who knows what a request is. All but :meth:`serve` is done in no time."""
+
+    threads: int
+    """How many requests of clients are served at the same time."""
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """Begin to encrypt a connection, without the handshake, or return it as it is."""
+
+    def read(self, visitor: Visitor) -> float | None:
+        """
+        Make the attribute :attr:`~Visitor.request` of the attribute :attr:`~Visitor.head`, which is emptied.
+
+        :returns: :data:`None` if that's the request of a client, otherwise how long the answer takes, in seconds.
+        :raises: Any exception if it isn't a request.
+        """
+
+    def refuse(self, visitor: Visitor, error: Exception) -> None:
+        """Answer what isn't a request."""
+
+    def serve(self, visitor: Visitor) -> bool:
+        """
+        Answer a request, in a thread.
+
+        :returns: Whether another one may follow, the beginning of which is the attribute :attr:`~Visitor.head` then.
+        """
+
+    def count_missing(self, visitor: Visitor) -> int:
+        """How many bytes of the body of the request haven't been read yet."""
+
+
+class Reception:
+    """The event loop of a process."""
+
+    def __init__(self, host: Host, listeners: Iterable[socket.socket], clients: Executor, strangers: Executor):
+        """
+        Initialize a reception.
+
+        :param host: Who knows what a request is.
+        :param listeners: Where connections come in.
+        :param clients: The threads that work for clients.
+        :param strangers: The threads that say no.
+        """
+        self.host = host
+        # A quarter is left for those that take leave, and for the files.
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.places, self.connections = min(PLACES, limit // 8), min(CONNECTIONS, limit // 2)
+        self.executors = {True: clients, False: strangers}
+        self.selector = selectors.DefaultSelector()
+        self.listeners = {listener: listener.getsockname() for listener in listeners}
+        # All of them have the order in which their members came, so the first one has been there for longest.
+        self.strangers: dict[Visitor, None] = {}
+        self.held: dict[Visitor, None] = {}
+        self.idle: dict[Visitor, None] = {}
+        self.served: dict[Visitor, None] = {}
+        self.leaving: dict[Visitor, None] = {}
+        self._finished: queue.SimpleQueue[tuple[Visitor, bool]] = queue.SimpleQueue()
+        self._bell, self._ringer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._opens = 0.0
+        self._is_open = False
+        self._swept = time.monotonic()
+        self.selector.register(self._bell, selectors.EVENT_READ, self._answer_bell)
+
+    def heed(self, fd: int) -> None:
+        """Wake up when something arrives at a descriptor, and throw that away (:func:`signal.set_wakeup_fd`)."""
+        self.selector.register(fd, selectors.EVENT_READ, lambda: os.read(fd, _CHUNK))
+
+    def turn(self) -> None:
+        """Do what there is to do, or wait for that for a moment."""
+        if time.monotonic() >= self._opens:
+            self._open()
+        pause = min((visitor.deadline for visitor in self.held), default=math.inf) - time.monotonic()
+        for key, _ in self.selector.select(min(max(pause, 0), _TICK)):
+            if isinstance(key.data, Visitor):
+                self._proceed(key.data)
+            elif isinstance(key.data, socket.socket):
+                self._accept(key.data)
+            else:
+                key.data()
+        self._answer_held()
+        if time.monotonic() >= self._swept + _TICK:
+            self._sweep()
+
+    def stop(self) -> None:
+        """Let nobody else in, and close what isn't needed for a request that is being served."""
+        self._close_doors()
+        self.listeners.clear()
+        for visitor in [*self.strangers, *self.held, *self.idle]:
+            self._close(visitor)
+
+    # Visitors come in {{{1
+
+    def _open(self) -> None:
+        self._opens = math.inf
+        for listener in self.listeners:
+            listener.setblocking(False)
+            self.selector.register(listener, selectors.EVENT_READ, listener)
+            self._is_open = True
+
+    def _close_doors(self) -> None:
+        for listener in self.listeners if self._is_open else ():
+            self.selector.unregister(listener)
+        self._is_open = False
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_ROUND):
+            if not (self._is_open and self._make_room()):
+                break
+            try:
+                sock, client = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                break
+            except OSError as e:
+                if e.errno not in _NO_ROOM:
+                    raise
+                if not self._send_away(self.held, self.strangers, self.idle):
+                    self._pause()
+                break
+            self._welcome(sock, client, self.listeners[listener])
+
+    def _make_room(self) -> bool:
+        """Whether there's a place for a stranger, and one for a client that it may turn out to be."""
+        while len(self.strangers) + len(self.held) >= self.places:
+            self._send_away(self.strangers, self.held)
+        if len(self.idle) + len(self.served) < self.connections or self._send_away(self.idle):
+            return True
+        self._pause()
+        return False
+
+    def _pause(self) -> None:
+        """All that could be sent away are being served: who comes now waits outside."""
+        self._close_doors()
+        self._opens = time.monotonic() + _TICK
+
+    def _send_away(self, *kinds: dict[Visitor, None]) -> bool:
+        """Close the connection that has waited for longest, of those of which there are most."""
+        most: dict[Visitor, None] = max(kinds, key=len)
+        visitor = next(iter(most), None)
+        if visitor:
+            self._close(visitor)
+        return bool(visitor)
+
+    def _welcome(self, sock: socket.socket, client: Any, server: Any) -> None:
+        visitor = Visitor(sock, client, server)
+        self.strangers[visitor] = None
+        try:
+            sock.setblocking(False)
+            visitor.sock = self.host.wrap(sock)
+            self.selector.register(visitor.sock, selectors.EVENT_READ, visitor)
+        except OSError as e:
+            logger.debug("%s left early: %s", visitor.address, e)
+            self._close(visitor)
+        if isinstance(visitor.sock, ssl.SSLSocket):
+            visitor.stage = Stage.HANDSHAKE
+
+    # Until there's a request {{{1
+
+    def _proceed(self, visitor: Visitor) -> None:
+        """Something arrived, or may be sent. (Nothing happens to a visitor whose stage has changed meanwhile.)"""
+        try:
+            if visitor.stage is Stage.HANDSHAKE:
+                assert isinstance(visitor.sock, ssl.SSLSocket)
+                visitor.sock.do_handshake()
+                visitor.stage = Stage.HEAD
+                self.selector.modify(visitor.sock, selectors.EVENT_READ, visitor)
+            while visitor.stage is Stage.HEAD:
+                self._read(visitor)
+            if visitor.stage is Stage.LEAVING and not visitor.sock.recv(_CHUNK):
+                self._close(visitor)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self.selector.modify(visitor.sock, selectors.EVENT_READ, visitor)
+        except ssl.SSLWantWriteError:
+            self.selector.modify(visitor.sock, selectors.EVENT_WRITE, visitor)
+        except ssl.SSLError as e:
+            self._refuse(visitor, e)
+        except OSError as e:
+            logger.debug("%s left early: %s", visitor.address, e)
+            self._close(visitor)
+
+    def _read(self, visitor: Visitor) -> None:
+        data = visitor.sock.recv(_CHUNK)
+        if not data:
+            self._close(visitor)
+            return
+        if not visitor.head and visitor.is_client:
+            visitor.deadline = time.monotonic() + HEAD_TIMEOUT
+        visitor.head += data
+        self._look_at_head(visitor)
+
+    def _look_at_head(self, visitor: Visitor) -> None:
+        if b"\r\n\r\n" not in visitor.head and len(visitor.head) <= HEAD_SIZE:
+            return
+        try:
+            delay = self.host.read(visitor)
+        except Exception as e:
+            self._refuse(visitor, e)
+            return
+        visitor.is_client = delay is None
+        if delay:
+            self._forget(visitor)
+            self.held[visitor] = None
+            visitor.stage, visitor.deadline = Stage.HELD, time.monotonic() + delay
+        else:
+            self._hand_over(visitor)
+
+    def _answer_held(self) -> None:
+        now = time.monotonic()
+        for visitor in [visitor for visitor in self.held if now >= visitor.deadline]:
+            self._hand_over(visitor)
+
+    def _refuse(self, visitor: Visitor, error: Exception) -> None:
+        self.host.refuse(visitor, error)
+        self._take_leave(visitor)
+
+    # While there's a request {{{1
+
+    def _hand_over(self, visitor: Visitor) -> None:
+        """A thread takes care of the rest."""
+        self._forget(visitor)
+        self.served[visitor] = None
+        visitor.stage, visitor.patience = Stage.SERVED, STALL_TIMEOUT
+        visitor.moved = _count_moved(visitor.sock)
+        self.executors[visitor.is_client].submit(self._serve, visitor)
+
+    def _serve(self, visitor: Visitor) -> None:
+        """Called in a thread."""
+        goes_on = False
+        try:
+            goes_on = self.host.serve(visitor)
+        finally:
+            self._finished.put((visitor, goes_on))
+            with suppress(BlockingIOError):  # it rings already
+                os.write(self._ringer, b"\0")
+
+    def _answer_bell(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._bell, _CHUNK)
+        with suppress(queue.Empty):
+            while True:
+                self._finish(*self._finished.get_nowait())
+
+    def _finish(self, visitor: Visitor, goes_on: bool) -> None:
+        visitor.request = None
+        if not (goes_on and visitor.is_client and self.listeners):
+            self._take_leave(visitor)
+            return
+        self._forget(visitor)
+        self.idle[visitor] = None
+        visitor.stage = Stage.HEAD
+        visitor.deadline = time.monotonic() + (HEAD_TIMEOUT if visitor.head else KEEPALIVE)
+        visitor.sock.setblocking(False)
+        self.selector.register(visitor.sock, selectors.EVENT_READ, visitor)
+        # What has arrived already doesn't wake anybody up.
+        if visitor.head:
+            self._look_at_head(visitor)
+        if isinstance(visitor.sock, ssl.SSLSocket):
+            self._proceed(visitor)
+
+    def _watch(self, visitor: Visitor, elapsed: float, limit: float) -> None:
+        """Find out whether the server waits for this client, and put an end to it when that takes too long."""
+        sock = visitor.sock
+        try:
+            is_unread = _ask(sock, termios.TIOCOUTQ) > 0
+            # A thread sleeps until so much is there (SO_RCVLOWAT, usually a byte), or all that's missing.
+            enough = min(self.host.count_missing(visitor), sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
+            is_missing = _ask(sock, termios.FIONREAD) < enough
+            moved = _count_moved(sock)
+        except OSError:
+            return  # it's being closed
+        gained, visitor.moved = moved - visitor.moved, moved
+        if not (is_unread or is_missing):
+            visitor.patience = STALL_TIMEOUT
+            return
+        visitor.patience = min(visitor.patience - elapsed + gained / MINIMUM_RATE, STALL_TIMEOUT)
+        if visitor.patience <= STALL_TIMEOUT - limit:
+            # The thread learns of it. A client that doesn't send gets an answer, one that doesn't read couldn't.
+            logger.info("%s is too slow", visitor.address)
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR if is_unread else socket.SHUT_RD)
+
+    # Until it's closed {{{1
+
+    def _take_leave(self, visitor: Visitor) -> None:
+        """Give a client time to read its answer: it's lost when a connection is closed with something unread."""
+        self._forget(visitor)
+        try:
+            # What is still coming is thrown away as it is, encrypted or not.
+            visitor.sock = socket.socket(fileno=visitor.sock.detach())
+            visitor.sock.setblocking(False)
+            visitor.sock.shutdown(socket.SHUT_WR)
+            self.selector.register(visitor.sock, selectors.EVENT_READ, visitor)
+        except (OSError, ValueError):
+            self._close(visitor)
+            return
+        while len(self.leaving) >= self.places:
+            self._send_away(self.leaving)
+        self.leaving[visitor] = None
+        visitor.stage, visitor.deadline = Stage.LEAVING, time.monotonic() + LEAVE_TIMEOUT
+
+    def _close(self, visitor: Visitor) -> None:
+        self._forget(visitor)
+        with suppress(OSError):
+            visitor.sock.close()
+        visitor.stage = Stage.CLOSED
+
+    def _forget(self, visitor: Visitor) -> None:
+        """Take a visitor off all lists."""
+        for visitors in (self.strangers, self.held, self.idle, self.served, self.leaving):
+            visitors.pop(visitor, None)
+        with suppress(KeyError, ValueError):
+            self.selector.unregister(visitor.sock)
+
+    def _sweep(self) -> None:
+        """Look for those whose time is over."""
+        now = time.monotonic()
+        # After a pause of the whole process nobody is to blame for all of it.
+        elapsed, self._swept = min(now - self._swept, 2 * _TICK), now
+        for visitor in [*self.strangers, *self.idle, *self.leaving]:
+            if now >= visitor.deadline:
+                self._close(visitor)
+        # The thread of a client that says nothing at all finds that out by itself, and can tell it so.
+        is_crowded = len(self.served) > self.host.threads
+        limit = min(CROWDED_TIMEOUT, STALL_TIMEOUT) if is_crowded else STALL_TIMEOUT + 2 * _TICK
+        for visitor in list(self.served):
+            self._watch(visitor, elapsed, limit)
+
+
+def _ask(sock: socket.socket, what: int) -> int:
+    """How many bytes a socket holds that weren't confirmed by the other end, or weren't read by this one."""
+    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), what, bytes(4)))[0])
+
+
+def _count_moved(sock: socket.socket) -> int:
+    """How many bytes have arrived at either end of a connection (tcp(7): the kernel counts them)."""
+    with suppress(OSError, struct.error):
+        # Behind these 120 bytes struct tcp_info has two numbers of 64 bits, tcpi_bytes_acked and tcpi_bytes_received.
+        return sum(struct.unpack_from("QQ", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
+    return 0
