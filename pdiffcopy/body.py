@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pdiffcopy.accesslog import SENT
 from pdiffcopy.exceptions import RequestError
 from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, Stored
 from pdiffcopy.protocol import Extent
@@ -51,7 +52,9 @@ def send_extents(environ: dict[str, Any], file: LocalFile, extents: Sequence[Ext
         yield from map(bytes, file.chunks(extents))
         return
     yield b""  # makes gunicorn send the head
-    Stored(file, extents).send(sock)
+    for extent in extents:
+        Stored(file, [extent]).send(sock)
+        environ[SENT] = environ.get(SENT, 0) + extent.size
 
 
 def _get_socket(environ: dict[str, Any]) -> socket.socket | None:

@@ -97,6 +97,10 @@ Supported options:
     Server: clients may call it by this name (can be repeated, or several with commas; '*' is any name). Addresses,
     'localhost', the name behind --listen and the name of this machine are allowed anyway. Web pages get in by no name.
 
+  --access-log=FILE
+
+    Server: write a line for each request to this file ('-' is stderr).
+
   -v, --verbose
 
     Say more (can be repeated).
@@ -217,6 +221,7 @@ _OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "--certfile": ("server", "certfile", _parse_text),
     "--keyfile": ("server", "keyfile", _parse_text),
     "--allow-host": ("server", "allow_hosts", _parse_names),
+    "--access-log": ("server", "access_log", _parse_text),
 }
 _SHORT = {
     "-b": "--block-size",
@@ -410,7 +415,7 @@ def run_server(**options: Any) -> None:
 
     :param options: The options of the command line by their long names (with underscores): ``address``,
                     ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``certfile``, ``keyfile``,
-                    ``allow_hosts``.
+                    ``allow_hosts``, ``access_log``.
     """
     try:
         with _starting():

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -36,6 +37,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from gunicorn.workers.workertmp import WorkerTmp
 
 from pdiffcopy import reception
+from pdiffcopy.accesslog import SENT, log_access
 from pdiffcopy.address import join_host_port
 from pdiffcopy.admission import NOTED, Gate
 from pdiffcopy.exceptions import UsageError
@@ -225,6 +227,7 @@ class _Worker(ThreadWorker):
             self.log.warning("A malformed request from %s: %s", visitor.address, error)
         else:
             logger.error("A bug, please report it:", exc_info=error)
+        log_access({"REMOTE_ADDR": visitor.address}, status, 0, timedelta())
         body = encode_problem(status, status.phrase, detail)
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nContent-Type: {PROBLEM_TYPE}\r\n"
         with suppress(OSError):
@@ -310,6 +313,12 @@ class _Logger(glogging.Logger):
         """A client that stalls (that's what these errors mean here) is no reason to print a traceback."""
         if not isinstance(sys.exc_info()[1], (BlockingIOError, TimeoutError)):
             super().exception(msg, *args, **kwargs)
+
+    def access(self, resp: Any, req: Any, environ: dict[str, Any], request_time: timedelta) -> None:
+        """Called by gunicorn at the end of each request."""
+        received = int(environ.get("CONTENT_LENGTH") or 0) - _count_unread(req)
+        size = resp.sent + environ.get(SENT, 0) + max(received, 0)
+        log_access(environ, int(str(resp.status or 500).split()[0]), size, request_time)
 
     def setup(self, cfg: Any) -> None:
         self.error_log.propagate = True

@@ -22,6 +22,7 @@ from werkzeug.exceptions import HTTPException
 
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy import protocol as wire
+from pdiffcopy.accesslog import open_access_log
 from pdiffcopy.address import parse_listen
 from pdiffcopy.admission import NOTED, Gate
 from pdiffcopy.body import read_body, send_extents
@@ -301,6 +302,7 @@ def start_server(
     settings: Settings | None = None,
     certfile: str = "",
     keyfile: str = "",
+    access_log: str = "",
 ) -> None:
     """
     Serve until SIGTERM or SIGINT arrives.
@@ -310,12 +312,15 @@ def start_server(
     :param settings: What the operator wants (a :class:`Settings` object).
     :param certfile: The certificate to serve https with.
     :param keyfile: The key of that certificate.
+    :param access_log: Where to log requests, see :func:`.open_access_log` (by default they aren't).
     """
     from pdiffcopy.daemon import Daemon
 
     host, port = parse_listen(address or str(DEFAULT_PORT))
     check_certificate(certfile, keyfile)
     settings = settings or Settings(token=load_token())
+    if access_log:
+        open_access_log(access_log)
     if warning := describe_exposure(settings, host):
         logger.warning("%s", warning)
     gate = Gate(settings.token, (*settings.allow_hosts, host))
