@@ -202,6 +202,8 @@ class _Worker(ThreadWorker):
     def read(self, visitor: reception.Visitor) -> float | None:
         """Read a request, and find out who sent it."""
         head, visitor.head = visitor.head, b""
+        if head.startswith(reception.TLS_HANDSHAKE):
+            raise ParseException("TLS on a port for http")
         if b"\r\n\r\n" not in head:
             raise LimitRequestHeaders("limit request headers fields size")
         parser = RequestParser(self.cfg, visitor.sock, visitor.client)

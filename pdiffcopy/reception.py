@@ -63,6 +63,8 @@ CROWDED_TIMEOUT = 3
 """The same when other requests wait for a thread."""
 MINIMUM_RATE = 256
 """How many bytes a second are progress."""
+TLS_HANDSHAKE = b"\x16\x03"
+"""How a connection begins that is meant to be encrypted (RFC 8446, section 5.1), and what no request begins with."""
 HEAD_SIZE = 64 * 1024
 """How long the head of a request may be, in bytes."""
 
@@ -302,7 +304,8 @@ class Reception:
         self._look_at_head(visitor)
 
     def _look_at_head(self, visitor: Visitor) -> None:
-        if b"\r\n\r\n" not in visitor.head and len(visitor.head) <= HEAD_SIZE:
+        is_complete = b"\r\n\r\n" in visitor.head or len(visitor.head) > HEAD_SIZE
+        if not (is_complete or visitor.head.startswith(TLS_HANDSHAKE)):
             return
         try:
             delay = self.host.read(visitor)
