@@ -223,28 +223,22 @@ def loop_device(image: Path) -> Iterator[str]:
 
 @contextmanager
 def ext4(image: Path, folder: Path, *options: str, size: int = 16 * 2**20) -> Iterator[Path]:
-    """Make a file system in a file, and mount it. The test is skipped where that isn't possible."""
-    folder.mkdir(exist_ok=True)
+    """Make a file system in a file, unless there is one, and mount it. The test is skipped where that isn't possible."""
     if not image.exists():
         with image.open("wb") as handle:
             handle.truncate(size)
         if not shutil.which("mkfs.ext4"):
             pytest.skip("mkfs.ext4 isn't installed")
         subprocess.run(["mkfs.ext4", "-q", "-F", *options, str(image)], check=True)
-    command = ["mount", "-o", "loop", str(image), str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system can't be mounted here")
-    try:
+    with mounted(folder, "ext4", "loop", image):
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextmanager
-def mounted(folder: Path, kind: str, options: str = "rw") -> Iterator[Path]:
-    """Mount a new file system. The test is skipped where that isn't possible."""
-    folder.mkdir()
-    command = ["mount", "-t", kind, "-o", options, kind, str(folder)]
+def mounted(folder: Path, kind: str, options: str = "rw", device: os.PathLike | str = "none") -> Iterator[Path]:
+    """Mount a file system. The test is skipped where that isn't possible."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", kind, "-o", options, os.fspath(device), str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a file system can't be mounted here")
     try:
