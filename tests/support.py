@@ -223,7 +223,7 @@ def loop_device(image: Path) -> Iterator[str]:
 
 @contextmanager
 def ext4(image: Path, folder: Path, *options: str, size: int = 16 * 2**20) -> Iterator[Path]:
-    """Make a file system in a file, unless there is one, and mount it. The test is skipped where that isn't possible."""
+    """Make a file system in a file, unless there is one, and mount it. The test is skipped where that can't be."""
     if not image.exists():
         with image.open("wb") as handle:
             handle.truncate(size)
