@@ -142,7 +142,7 @@ from humanfriendly import InvalidSize, parse_size
 from humanfriendly.terminal import usage
 
 from pdiffcopy import __version__
-from pdiffcopy.exceptions import DependencyError, ProgramError, UsageError, printable
+from pdiffcopy.exceptions import DependencyError, FileError, ProgramError, UsageError, printable
 from pdiffcopy.security import load_token, warn_of_eavesdroppers
 
 if TYPE_CHECKING:
@@ -247,6 +247,7 @@ class _HungUp(BaseException):
 
 def main() -> NoReturn:
     """The command line interface."""
+    _open_standard_streams()
     coloredlogs.install()
     for handler in logging.getLogger().handlers:
         handler.addFilter(_escape)
@@ -269,6 +270,31 @@ def main() -> NoReturn:
     except _HungUp:
         status = _fail("hung up", 128 + signal.SIGHUP)
     sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """
+    See to it that nothing else gets the numbers of the standard streams, in case that somebody has closed them.
+
+    A message would end up in the target otherwise.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "r" if fd == 0 else "w", encoding="utf-8", closefd=False))
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    """Print what other programs want to know. They have to get all of it, or to learn that they didn't."""
+    try:
+        print(json.dumps(document), flush=True)
+    except OSError as e:
+        with open(os.devnull, "wb") as nowhere:  # or Python would try again when it ends
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise FileError.from_os_error(e, "write the report to", "stdout") from e
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
@@ -294,6 +320,9 @@ def _escape(record: logging.LogRecord) -> bool:
 
 
 def _fail(message: str, status: int) -> int:
+    if "--json" in sys.argv[1:]:
+        with suppress(ProgramError):
+            _print_json({"error": message, "exit_code": status})
     sys.stderr.write(f"pdiffcopy: {printable(message)}\n")
     return status
 
@@ -361,17 +390,12 @@ def run_client(**options: Any) -> None:
     with _starting():
         client = _make_client(**options)
     warn_of_eavesdroppers(client)
-    try:
-        if client.benchmark:
-            outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
-        else:
-            outcome = client.run().as_dict()
-    except ProgramError as e:
-        if as_json:
-            print(json.dumps({"error": str(e), "exit_code": e.exit_code}))
-        raise
+    if client.benchmark:
+        outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
+    else:
+        outcome = client.run().as_dict()
     if as_json:
-        print(json.dumps(outcome))
+        _print_json(outcome)
 
 
 def _make_client(**options: Any) -> Client:

@@ -297,6 +297,37 @@ def test_what_is_cut_and_added_is_told(files, server, option):
         assert f"2 KiB {would_be}{verb}" in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["a"], ["host:x", "b"], ["/missing", "/tmp/x/y"]])
+def test_json_tells_of_every_failure(arguments):
+    """Usage errors included: who parses stdout finds an object there."""
+    result = run_pdiffcopy("--json", *arguments)
+    assert result.returncode == 1
+    document = json.loads(result.stdout)
+    assert document["exit_code"] == 1
+    assert error_lines(result) == [f"pdiffcopy: {document['error']}"]
+
+
+def test_report_that_can_not_be_written_is_an_error(files):
+    """A full disk would have another program take nothing for an answer."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pdiffcopy", "--json", *map(str, files)]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    (line,) = error_lines(result)
+    assert "Can't write the report to stdout: No space left on device" in line
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_nobody_elses_files(files, server, closed):
+    """What is opened next would get their numbers, and a message would end up in the target."""
+    source, target = files
+    for options, place, code in (("-v", target, 0), ("-v", server.location(target), 0), ("--nonsense", target, 1)):
+        command = f"exec '{sys.executable}' -m pdiffcopy {options} '{source}' '{place}' {closed}"
+        assert subprocess.run(["sh", "-c", command], capture_output=True).returncode == code
+        assert target.read_bytes() == source.read_bytes()
+
+
 def test_without_json_stdout_is_empty(files):
     """What there is to say goes to stderr."""
     result = run_pdiffcopy(*files)
