@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, TimeoutError
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -103,8 +103,12 @@ def hash_stripes(
 
 
 def _await(future: Future[list[BlockDigest]]) -> Iterator[list[BlockDigest]]:
-    while not wait([future], HEARTBEAT).done:
-        yield []
+    while True:
+        try:
+            future.exception(HEARTBEAT)  # waits for the end, however that is
+            break
+        except TimeoutError:
+            yield []
     yield future.result()
 
 

@@ -165,9 +165,10 @@ class Promise(multiprocessing.Process):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        _thread.without_main = not _needs_main(process_obj)
+        context = _get_context()
+        _thread.without_main = context.get_start_method() == "spawn" and not _needs_main(process_obj)
         try:
-            return _get_context().Process._Popen(process_obj)
+            return context.Process._Popen(process_obj)
         finally:
             _thread.without_main = False
 
