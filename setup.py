@@ -28,7 +28,7 @@ setup(
         "client": get_requirements("requirements-client.txt"),
         "server": get_requirements("requirements-server.txt"),
     },
-    entry_points={"console_scripts": ["pdiffcopy = pdiffcopy.cli:main"]},
+    entry_points={"console_scripts": ["pdiffcopy = pdiffcopy.__main__:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

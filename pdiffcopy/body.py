@@ -52,9 +52,14 @@ def send_extents(environ: dict[str, Any], file: LocalFile, extents: Sequence[Ext
         yield from map(bytes, file.chunks(extents))
         return
     yield b""  # makes gunicorn send the head
-    for extent in extents:
-        Stored(file, [extent]).send(sock)
-        environ[SENT] = environ.get(SENT, 0) + extent.size
+    stored = Stored(file, extents)
+    environ[SENT] = 0
+
+    def count(size: int) -> None:
+        environ[SENT] += size
+
+    stored.count = count
+    stored.send(sock)
 
 
 def _get_socket(environ: dict[str, Any]) -> socket.socket | None:

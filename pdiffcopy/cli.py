@@ -129,6 +129,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -142,7 +143,7 @@ from humanfriendly import InvalidSize, parse_size
 from humanfriendly.terminal import usage
 
 from pdiffcopy import __version__
-from pdiffcopy.exceptions import DependencyError, FileError, ProgramError, UsageError, printable
+from pdiffcopy.exceptions import DependencyError, FileError, ProgramError, UsageError, describe_error, printable
 from pdiffcopy.security import load_token, warn_of_eavesdroppers
 
 if TYPE_CHECKING:
@@ -237,39 +238,62 @@ _SHORT = {
 }
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
+class _Signal(KeyboardInterrupt):
+    """A signal arrived that ends the program."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    def describe(self) -> tuple[str, int]:
+        """What to say, and the exit code (as a shell has it)."""
+        return _SIGNALS[signal.Signals(self.number)], 128 + self.number
 
 
-class _HungUp(BaseException):
-    """SIGHUP arrived: the terminal is gone, and there's nobody left to work for."""
+_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 def main() -> NoReturn:
     """The command line interface."""
     _open_standard_streams()
-    coloredlogs.install()
+    try:
+        _heed_signals()
+        _log_messages()
+        _run(sys.argv[1:])
+        message, status = "", 0
+    except _Signal as e:
+        message, status = e.describe()
+    except ProgramError as e:
+        message, status = str(e), e.exit_code
+        _show_traceback()
+    except Exception as e:
+        message, status = f"{describe_error(e)} (-v shows where)", 1
+        _show_traceback()
+    _ignore_signals()  # what comes now would only hide how it ended
+    if status:
+        _fail(message, status)
+    if _is_ending:  # without waiting for threads that wait for something else
+        os._exit(status)
+    sys.exit(status)
+
+
+def _show_traceback() -> None:
+    if logger.isEnabledFor(logging.INFO - 1):
+        traceback.print_exc()
+
+
+def _log_messages() -> None:
+    """Write messages to stderr: for somebody at a terminal without when, where and from which process they come."""
+    is_configured = "COLOREDLOGS_LOG_FORMAT" in os.environ
+    try:
+        coloredlogs.install(fmt="%(message)s" if sys.stderr.isatty() and not is_configured else None)
+    except Exception as e:  # one of its many variables has a value that it doesn't like
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s[%(process)d] %(levelname)s %(message)s")
+        logger.warning("Messages look plain, since $COLOREDLOGS_... has a bad value: %s", e)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_escape)
     # It prints tracebacks of what ends up as one line in our own words.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup(1) leaves it
-        signal.signal(signal.SIGHUP, _hang_up)
-    try:
-        _run(sys.argv[1:])
-        status = 0
-    except ProgramError as e:
-        if logger.isEnabledFor(logging.INFO - 1):
-            traceback.print_exc()
-        status = _fail(str(e), e.exit_code)
-    except KeyboardInterrupt:
-        status = _fail("interrupted", 128 + signal.SIGINT)
-    except _Terminated:
-        status = _fail("terminated", 128 + signal.SIGTERM)
-    except _HungUp:
-        status = _fail("hung up", 128 + signal.SIGHUP)
-    sys.exit(status)
 
 
 def _open_standard_streams() -> None:
@@ -297,19 +321,42 @@ def _print_json(document: dict[str, Any]) -> None:
         raise FileError.from_os_error(e, "write the report to", "stdout") from e
 
 
-def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise _Terminated
+def _heed_signals() -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) and a shell without job control leave it
+            signal.signal(number, _end)
+    # They were kept waiting until now, see __main__.py.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _hang_up(signum: int, frame: Any) -> NoReturn:
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    """End in an orderly way when the first signal arrives, and at once (child processes, too) at the second one."""
+    global _is_ending
+    if number == signal.SIGHUP:
+        _let_go_of_terminal()
+    if _is_ending:
+        _ignore_signals()
+        os._exit(_fail(*_Signal(number).describe()))
+    _is_ending = True
+    raise _Signal(number)
+
+
+_is_ending = False
+
+
+def _let_go_of_terminal() -> None:
+    """A terminal may be gone: to write there would fail, and take the place of what really happened."""
     for fd in (1, 2):
         try:
             os.write(fd, b"")
         except OSError:
-            # A terminal that is gone: to write there would fail, and take the place of what really happened.
             with suppress(OSError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), fd)
-    raise _HungUp
 
 
 def _escape(record: logging.LogRecord) -> bool:
@@ -321,9 +368,10 @@ def _escape(record: logging.LogRecord) -> bool:
 
 def _fail(message: str, status: int) -> int:
     if "--json" in sys.argv[1:]:
-        with suppress(ProgramError):
+        with suppress(ProgramError, RuntimeError):  # the latter when a signal has interrupted just that
             _print_json({"error": message, "exit_code": status})
-    sys.stderr.write(f"pdiffcopy: {printable(message)}\n")
+    with suppress(OSError):
+        os.write(2, f"pdiffcopy: {printable(message)}\n".encode("utf-8", "backslashreplace"))
     return status
 
 
@@ -387,6 +435,8 @@ def run_client(**options: Any) -> None:
                     ``no_verify``, ``fsync``, ``timeout``, ``retries``, ``token_file``, ``ca_file``, ``json``.
     """
     as_json = options.pop("json", False)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with _starting():
         client = _make_client(**options)
     warn_of_eavesdroppers(client)

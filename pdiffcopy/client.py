@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from hashlib import algorithms_guaranteed
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from property_manager import PropertyManager, mutable_property, set_property
@@ -286,7 +288,7 @@ class Client(PropertyManager):
     def _scan(self, plan: Plan) -> Result:
         """A dry run: compare, but move nothing."""
         with make_reporter(plan.size, plan.activity) as reporter:
-            return _collect(map(Result.of_comparison, generate_batches(plan, lambda: True)), reporter)
+            return _sum(_compare_batch(batch, reporter) for batch in generate_batches(plan, lambda: True))
 
     def _update(
         self, source: FileInfo, target: FileInfo, plan: Plan, find: Callable[..., Iterable[Batch]]
@@ -298,19 +300,16 @@ class Client(PropertyManager):
         """
         before = target
         with self._watching_source(source, plan):
-            # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier one
-            # may have resized the target until now.
-            claimed, target = open_target(plan).claim(plan.run, not target.exists, source.mode)
-            plan = replace(plan, target_id=target.file_id, run=plan.run if claimed else "")
-            replica = open_target(plan)
-            if target.size < source.size or not target.exists:
-                replica.resize(source.size, plan.run)
-            work = partial(transfer_batch, plan)
-            find = partial(find, plan)
-            pool = WorkerPool(concurrency=self.concurrency, generator_fn=find, worker_fn=work)
-            pool.generator_fn = partial(find, is_awaited=pool.input_queue.empty)
-            with pool, make_reporter(plan.size, plan.activity) as reporter:
-                result = _collect(pool, reporter)
+            with self._pool(plan, find) as (pool, start):
+                # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier
+                # one may have resized the target until now.
+                claimed, target = open_target(plan).claim(plan.run, not target.exists, source.mode)
+                plan = replace(plan, target_id=target.file_id, run=plan.run if claimed else "")
+                replica = open_target(plan)
+                if target.size < source.size or not target.exists:
+                    replica.resize(source.size, plan.run)
+                start(plan)
+                result = _sum(pool)
             if target.size > source.size and target.resizable:
                 replica.resize(source.size, plan.run)
             if self.fsync:
@@ -321,6 +320,23 @@ class Client(PropertyManager):
         if claimed:
             self._release(replica, plan)
         return result, claimed, target if before.exists else before
+
+    @contextmanager
+    def _pool(
+        self, plan: Plan, find: Callable[..., Iterable[Batch]]
+    ) -> Iterator[tuple[Iterable[Result], Callable[[Plan], None]]]:
+        """
+        Start all processes. They wait for a plan, so that what they lack is known before the target is touched.
+
+        :returns: The results to come, and a function that lets the work begin.
+        """
+        receiver, sender = Pipe(duplex=False)
+        reporter = make_reporter(plan.size, plan.activity)
+        work = partial(_transfer_item, reporter)
+        pool = WorkerPool(concurrency=self.concurrency, generator_fn=partial(_generate_items, find), worker_fn=work)
+        pool.generator_fn = partial(_generate_items, find, receiver, pool.input_queue.empty)
+        with receiver, sender, pool, reporter:
+            yield pool, sender.send
 
     def _release(self, replica: Replica, plan: Plan) -> None:
         """End a claim. One that stays behind does no harm, so the run is a success whatever becomes of that."""
@@ -380,11 +396,27 @@ def _batches_of(offsets: list[int], plan: Plan, is_awaited: Callable[[], bool]) 
     return make_batches(blocks, plan.max_extents, is_awaited=is_awaited)
 
 
-def _collect(results: Iterable[Result], reporter: Reporter) -> Result:
+def _generate_items(
+    find: Callable[..., Iterable[Batch]], plans: Connection, is_awaited: Callable[[], bool]
+) -> Iterator[tuple[Plan, Batch]]:
+    plan = plans.recv()
+    for batch in find(plan, is_awaited=is_awaited):
+        yield plan, batch
+
+
+def _transfer_item(reporter: Reporter, item: tuple[Plan, Batch]) -> Result:
+    return transfer_batch(*item, reporter)
+
+
+def _compare_batch(batch: Batch, reporter: Reporter) -> Result:
+    reporter.advance(batch.bytes_compared, 0)
+    return Result.of_comparison(batch)
+
+
+def _sum(results: Iterable[Result]) -> Result:
     total = Result()
     for result in results:
         total += result
-        reporter.advance(result.bytes_compared, result.bytes_moved)
     return total
 
 

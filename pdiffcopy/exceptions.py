@@ -18,6 +18,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def describe_error(error: BaseException) -> str:
+    """Say in one line what went wrong, of errors that aren't ours."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return printable(f"The operating system says: {error.strerror}{where}")
+    if isinstance(error, MemoryError):
+        return "There isn't enough memory"
+    return printable(f"Something unexpected happened: {type(error).__name__}: {error}")
+
+
 class ProgramError(Exception):
     """The base exception class for all custom exceptions raised by the pdiffcopy modules."""
 

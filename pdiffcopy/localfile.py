@@ -15,7 +15,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -236,10 +236,11 @@ class LocalFile:
         if self.read_into(view, offset) < len(view):
             raise self._too_short(offset + len(view))
 
-    def send(self, sock: socket.socket, extent: Extent) -> None:
+    def send(self, sock: socket.socket, extent: Extent) -> Iterator[int]:
         """
         Send an extent, without a detour through this program where the file system can do that.
 
+        :returns: A generator that sends a part of it at each step, and yields the size of that.
         :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does, or when it
                  takes nothing for as long as its timeout allows.
         """
@@ -255,9 +256,11 @@ class LocalFile:
             except OSError:  # if that's the fault of the file, this tells more
                 for chunk in self.chunks([Extent(offset, size)]):
                     sock.sendall(chunk)
+                    yield len(chunk)
                 return
             if not count:
                 raise self._too_short(offset + size)
+            yield count
             offset, size = offset + count, size - count
 
     def _too_short(self, size: int) -> FileError:
@@ -518,16 +521,39 @@ class Stored:
         """
         self.file = file
         self.extents = extents
+        self.count: Callable[[int], object] = int  # nobody is told
 
     def __iter__(self) -> Iterator[memoryview]:
         self.file.prepare(self.extents)
-        return self.file.chunks(self.extents)
+        for chunk in self.file.chunks(self.extents):
+            yield chunk
+            self.count(len(chunk))
 
     def send(self, sock: socket.socket) -> None:
         """Send all of them through a socket that isn't encrypted, see :meth:`LocalFile.send`."""
         self.file.prepare(self.extents)
         for extent in self.extents:
-            self.file.send(sock, extent)
+            for size in self.file.send(sock, extent):
+                self.count(size)
+
+
+def counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterable[Chunk]:
+    """
+    Pass chunks on, and tell how many bytes have passed.
+
+    :param count: Is called with the size of each chunk when it has been consumed.
+    """
+    if isinstance(chunks, Stored):  # which may be sent as a whole
+        chunks.count = count
+        return chunks
+    return _counted(chunks, count)
+
+
+def _counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        size = len(chunk)  # it's less when some of it has been consumed
+        yield chunk
+        count(size)
 
 
 @contextmanager

@@ -9,7 +9,9 @@ This module knows nothing of files and networks. What it promises:
 3. Leaving the ``with`` block of a pool leaves no process behind, and neither does the death of the parent. A child
    learns of that through the *lifeline*: a pipe whose only writing end is the parent's.
 4. Nothing is polled: the parent sleeps until a result or the end of a process wakes it.
-5. A child ignores Control-C and SIGHUP (its parent decides what they mean) and dies of SIGTERM without further ado.
+5. In the ``with`` block of a pool all of its processes run: what can be missing for that (descriptors, places for
+   processes and threads, shared memory) was missed before, and is a :exc:`.WorkerError`.
+6. A child ignores Control-C and SIGHUP (its parent decides what they mean) and dies of SIGTERM without further ado.
 
 What runs in a pool, and at the same time::
 
@@ -30,6 +32,7 @@ die with it.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import multiprocessing
@@ -72,6 +75,33 @@ class RemoteTraceback(Exception):
 
 def _get_context() -> Any:
     return multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
+
+
+_REMEDIES = {
+    errno.EAGAIN: "more processes have to be allowed (ulimit -u, or TasksMax of a systemd unit)",
+    errno.EMFILE: "more open files have to be allowed (ulimit -n)",
+    errno.ENFILE: "this machine has no room for more open files",
+}
+_NO_SHARED_MEMORY = "shared memory is needed, see that there is a /dev/shm that this user can write to"
+
+
+@contextmanager
+def _explaining(missing: str = "") -> Iterator[None]:
+    """Tell what this machine lacks for more processes (`missing`, if the error itself doesn't say)."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as e:  # Python has no error of its own for "can't start new thread"
+        number = e.errno if isinstance(e, OSError) else errno.EAGAIN if isinstance(e, RuntimeError) else None
+        reason = getattr(e, "strerror", "") or str(e) or "out of memory"
+        if remedy := _REMEDIES.get(number or 0, missing):
+            reason += f": {remedy}"
+        raise WorkerError("Can't start child processes: {reason}", reason=reason) from e
+
+
+def make_counter() -> Any:
+    """A number (a :func:`multiprocessing.Value` of 64 bits) that child processes started from now on can count with."""
+    with _explaining(_NO_SHARED_MEMORY):
+        return _get_context().Value("Q")
 
 
 def _get_lifeline() -> Connection:
@@ -158,10 +188,12 @@ class Promise(multiprocessing.Process):
         automatically.
         """
         super().__init__(**options)
-        self._lifeline = _get_lifeline()
-        self._receiver, self._sender = multiprocessing.Pipe(duplex=False)
-        with _delayed_signals(), self._sender, _allowed_to_have_children():
-            self.start()
+        with _explaining():
+            self._lifeline = _get_lifeline()
+            self._receiver, self._sender = multiprocessing.Pipe(duplex=False)
+            self._ready, self._announcer = multiprocessing.Pipe(duplex=False)
+            with _delayed_signals(), self._sender, self._announcer, _allowed_to_have_children():
+                self.start()
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
@@ -178,12 +210,24 @@ class Promise(multiprocessing.Process):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        _follow(self._lifeline)
         try:
+            with self._announcer, _explaining():
+                _follow(self._lifeline)
+                self._announcer.send_bytes(b"")
             outcome = _pickle(True, self._target(*self._args, **self._kwargs))  # type: ignore[attr-defined]
         except BaseException as e:
             outcome = _pickle(False, e)
         self._sender.send_bytes(outcome)
+
+    def await_start(self) -> None:
+        """Wait until the child process runs. If it couldn't, the reason is raised."""
+        if self._ready.closed:
+            return
+        with self._ready:
+            try:
+                self._ready.recv_bytes()
+            except (EOFError, OSError):
+                self._get_outcome()
 
     def join(self, timeout: float | None = None) -> Any:
         """
@@ -283,12 +327,14 @@ class WorkerPool(PropertyManager):
     @lazy_property
     def input_queue(self) -> Any:
         """The input queue (a :class:`multiprocessing.Queue` object)."""
-        return _get_context().Queue(2 * self.concurrency)
+        with _explaining(_NO_SHARED_MEMORY):
+            return _get_context().Queue(2 * self.concurrency)
 
     @lazy_property
     def output_queue(self) -> Any:
         """The output queue (a :class:`multiprocessing.Queue` object)."""
-        return _get_context().Queue(8 * self.concurrency)
+        with _explaining(_NO_SHARED_MEMORY):
+            return _get_context().Queue(8 * self.concurrency)
 
     @lazy_property
     def generator_process(self) -> Promise:
@@ -328,7 +374,9 @@ class WorkerPool(PropertyManager):
     def __enter__(self) -> WorkerPool:
         """Start up the generator and worker processes."""
         try:
-            self.all_processes  # noqa: B018
+            self.output_queue  # noqa: B018 (the generator is started first, and doesn't need it)
+            for process in self.all_processes:
+                process.await_start()
         except BaseException:
             self.__exit__()
             raise
@@ -344,9 +392,10 @@ class WorkerPool(PropertyManager):
             if process.is_alive():
                 process.kill()
                 multiprocessing.Process.join(process)
-        for queue in (self.input_queue, self.output_queue):
-            queue.cancel_join_thread()
-            queue.close()
+        for name in ("input_queue", "output_queue"):
+            if queue := vars(self).get(name):
+                queue.cancel_join_thread()
+                queue.close()
 
     def _start(self, name: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> Promise:
         with _delayed_signals():

@@ -42,7 +42,9 @@ from pdiffcopy.exceptions import (
     printable,
 )
 from pdiffcopy.hashing import get_hasher
+from pdiffcopy.localfile import counted
 from pdiffcopy.locations import Network, Reading, Replica, open_replica
+from pdiffcopy.progress import Reporter
 from pdiffcopy.protocol import MAX_EXTENTS, Extent
 from pdiffcopy.retry import Patience
 
@@ -151,14 +153,50 @@ def generate_batches(plan: Plan, is_awaited: Callable[[], bool] = lambda: False)
     return make_batches(find_blocks(plan), plan.max_extents, plan.by_hashes, is_awaited)
 
 
-def transfer_batch(plan: Plan, batch: Batch) -> Result:
+class Tally:
+    """
+    Tells a reporter of the bytes of a batch as they pass.
+
+    While some of them move, the same part of what was compared counts as done. What has to be repeated is done when it
+    passes for the first time.
+    """
+
+    def __init__(self, batch: Batch, reporter: Reporter):
+        """
+        Begin to count.
+
+        :param batch: What is going to be moved, and what was compared to find it.
+        :param reporter: Who is told.
+        """
+        self.batch = batch
+        self.reporter = reporter
+        self.passed = self.compared = 0
+
+    def count(self, size: int) -> None:
+        """Some bytes have passed."""
+        self.passed = min(self.passed + size, self.batch.size)
+        self._tell(self.batch.bytes_compared * self.passed // self.batch.size, size)
+
+    def finish(self) -> None:
+        """All is done, whether it had to be moved or not."""
+        self._tell(self.batch.bytes_compared, 0)
+
+    def _tell(self, compared: int, moved: int) -> None:
+        self.reporter.advance(compared - self.compared, moved)
+        self.compared = compared
+
+
+def transfer_batch(plan: Plan, batch: Batch, reporter: Reporter | None = None) -> Result:
     """
     What a worker process does: bring the extents of a batch into line.
 
+    :param reporter: Who is told of the bytes as they pass (by default nobody).
     :raises: :exc:`.VerificationError` when the target keeps differing from what the source sends.
     """
     patience = Patience(plan.network.retries)
-    mismatches = _transfer_until_equal(plan, batch, patience) if batch.extents else 0
+    tally = Tally(batch, reporter or Reporter())
+    mismatches = _transfer_until_equal(plan, batch, patience, tally) if batch.extents else 0
+    tally.finish()
     return replace(
         Result.of_comparison(batch),
         bytes_moved=batch.size,
@@ -167,7 +205,7 @@ def transfer_batch(plan: Plan, batch: Batch) -> Result:
     )
 
 
-def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
+def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience, tally: Tally) -> int:
     """
     Transfer a batch, and tell how many times a difference was found afterwards.
 
@@ -180,7 +218,7 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
         try:
             with open_source(plan).read(batch.extents, plan.states_digests) as reading:
                 stated = reading.digest
-                _transfer(plan, batch, reading)
+                _transfer(plan, batch, replace(reading, chunks=counted(reading.chunks, tally.count)))
             patience.succeeded()
             return mismatches
         except TransientError as e:
@@ -202,7 +240,7 @@ def _transfer_until_equal(plan: Plan, batch: Batch, patience: Patience) -> int:
         plan = replace(plan, blockwise=False)
         if batch.size > SMALLEST_BATCH and not plan.by_hashes:
             halves = [Batch(extents) for extents in halve(batch.extents)]
-            return mismatches + sum(_transfer_until_equal(plan, half, patience) for half in halves)
+            return mismatches + sum(_transfer_until_equal(plan, half, patience, tally) for half in halves)
 
 
 def _transfer(plan: Plan, batch: Batch, reading: Reading) -> None:

@@ -205,7 +205,7 @@ def test_wheel_states_its_requirements(built):
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         fields = email.message_from_bytes(archive.read(metadata))
         (scripts,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "pdiffcopy = pdiffcopy.cli:main" in archive.read(scripts).decode()
+        assert "pdiffcopy = pdiffcopy.__main__:main" in archive.read(scripts).decode()
         assert any(re.search(r"LICENSE", name) for name in archive.namelist())
     assert fields["Version"] == pdiffcopy.__version__
     assert set(fields.get_all("Provides-Extra")) == {"client", "server"}
