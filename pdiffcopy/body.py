@@ -10,14 +10,15 @@ gunicorn, and its objects look as expected, the octets are spliced from the sock
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pdiffcopy.accesslog import SENT
-from pdiffcopy.exceptions import RequestError
+from pdiffcopy.exceptions import AbsentError
 from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, Stored
 from pdiffcopy.protocol import Extent
 from pdiffcopy.splice import Chunk, receive
@@ -30,12 +31,12 @@ def read_body(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
     :param environ: The WSGI environment of the request.
     :param length: How many octets the body has.
     :returns: A generator of chunks, each of which is valid until the next one is asked for.
-    :raises: :exc:`.RequestError` when the client sends less, or nothing for too long.
+    :raises: :exc:`.AbsentError` when the client sends less, or nothing for too long.
     """
     try:
         yield from _receive(environ, length) if _is_direct(environ, length) else _read(environ, length)
     except OSError as e:
-        raise RequestError("The body ended early: {reason}", reason=e.strerror or e) from e
+        raise AbsentError("The body ended early: {reason}", reason=e.strerror or e) from e
 
 
 def send_extents(environ: dict[str, Any], file: LocalFile, extents: Sequence[Extent]) -> Iterator[bytes]:
@@ -62,6 +63,24 @@ def send_extents(environ: dict[str, Any], file: LocalFile, extents: Sequence[Ext
     stored.send(sock)
 
 
+def watch_client(environ: dict[str, Any]) -> Callable[[], bool]:
+    """
+    Find out whether the client of a request still waits for the answer.
+
+    :param environ: The WSGI environment of the request.
+    :returns: A function that takes a microsecond, in any thread. It says yes when it can't tell.
+    """
+    sock = environ.get("gunicorn.socket")
+
+    def is_awaited() -> bool:
+        poll = select.poll()
+        if isinstance(sock, socket.socket):
+            poll.register(sock, select.POLLRDHUP)  # the end of a connection is told in any case (poll(2))
+        return not poll.poll(0)
+
+    return is_awaited
+
+
 def _get_socket(environ: dict[str, Any]) -> socket.socket | None:
     """The socket of a client, if octets can go through it as they are: not with TLS, HTTP/2 or cooperative threads."""
     sock = environ.get("gunicorn.socket")
@@ -75,7 +94,7 @@ def _read(environ: dict[str, Any], length: int) -> Iterator[bytes]:
     while length:
         chunk = environ["wsgi.input"].read(min(length, CHUNK_SIZE))
         if not chunk:
-            raise RequestError("The body ended early")
+            raise AbsentError("The body ended early")
         length -= len(chunk)
         yield chunk
 

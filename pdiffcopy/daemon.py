@@ -40,7 +40,7 @@ from pdiffcopy import reception
 from pdiffcopy.accesslog import SENT, log_access
 from pdiffcopy.address import join_host_port
 from pdiffcopy.admission import NOTED, Gate
-from pdiffcopy.exceptions import UsageError
+from pdiffcopy.exceptions import AbsentError, UsageError
 from pdiffcopy.protocol import PROBLEM_TYPE, encode_problem
 from pdiffcopy.splice import get_socket_options
 
@@ -313,7 +313,7 @@ class _Logger(glogging.Logger):
 
     def exception(self, msg: Any, *args: Any, **kwargs: Any) -> None:
         """A client that stalls (that's what these errors mean here) is no reason to print a traceback."""
-        if not isinstance(sys.exc_info()[1], (BlockingIOError, TimeoutError)):
+        if not isinstance(sys.exc_info()[1], (BlockingIOError, TimeoutError, AbsentError)):
             super().exception(msg, *args, **kwargs)
 
     def access(self, resp: Any, req: Any, environ: dict[str, Any], request_time: timedelta) -> None:

@@ -92,6 +92,12 @@ class AuthenticationError(ProgramError):
     http_status = 401
 
 
+class AbsentError(ProgramError):
+    """Raised when a client has left, or sends nothing for too long. Another attempt may go better."""
+
+    http_status = 408
+
+
 class DamagedError(ProgramError):
     """Raised for a request that was damaged on its way: the same again may well arrive intact."""
 

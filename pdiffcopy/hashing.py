@@ -13,6 +13,8 @@ come in the order of the file, so memory stays flat and no core idles at the end
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, TimeoutError
@@ -28,8 +30,10 @@ from pdiffcopy.protocol import BlockDigest, Extent
 STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
 
-STRIPE_BLOCKS = 16384
+STRIPE_BLOCKS = 4096
 """How many blocks a stripe has at most: who asks for tiny blocks doesn't get to fill the memory with digests."""
+LEAST_BLOCKS = 256
+"""How many it has at most where others have filled their share of the memory."""
 
 HEARTBEAT = 5.0
 """After how many seconds somebody who waits for a slow disk gets a sign of life."""
@@ -66,8 +70,42 @@ def hash_worker(offset: int, block_size: int, filename: str, method: str) -> tup
     return offset, hasher.hexdigest()
 
 
+class Budget:
+    """
+    How many digests may wait for their readers, in all streams together.
+
+    A stream that gets nothing of it goes on with one small stripe at a time, so however many slow readers there are,
+    they cost little memory, and none of them waits for another one.
+    """
+
+    def __init__(self, limit: float = math.inf):
+        """:param limit: The number of digests (by default there's no limit)."""
+        self._left = limit
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Take a part of what is left, if that's enough."""
+        with self._lock:
+            if count > self._left:
+                return False
+            self._left -= count
+            return True
+
+    def give(self, count: int) -> None:
+        """Give it back."""
+        with self._lock:
+            self._left += count
+
+
 def hash_stripes(
-    file: LocalFile, start: int, stop: int, block_size: int, method: str, executor: Executor, concurrency: int
+    file: LocalFile,
+    start: int,
+    stop: int,
+    block_size: int,
+    method: str,
+    executor: Executor,
+    concurrency: int,
+    budget: Budget | None = None,
 ) -> Generator[list[BlockDigest], None, None]:
     """
     Hash a part of an open file.
@@ -76,30 +114,34 @@ def hash_stripes(
     :param stop: Where the last block ends, whole or not.
     :param executor: Whose threads do the work.
     :param concurrency: How many of them to keep busy.
+    :param budget: How many digests may wait (by default as many as there are).
     :returns: A generator of lists of neighbouring blocks, in order. It yields an empty list when that takes longer than
               :data:`HEARTBEAT`.
     """
     if block_size < 1:
         raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
-    new_hasher, begin = get_hasher(method), start
-    pending: deque[Future[list[BlockDigest]]] = deque()
+    new_hasher, begin, budget = get_hasher(method), start, budget or Budget()
+    pending: deque[tuple[Future[list[BlockDigest]], int]] = deque()
     try:
-        while start < stop:
-            # Small stripes come first: somebody waits for them, and a small file is to keep all threads busy.
-            share = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (start - begin) // (2 * concurrency)))
-            end = min(start + min(max(share // block_size, 1), STRIPE_BLOCKS) * block_size, stop)
-            pending.append(executor.submit(_hash_stripe, file, start, end, block_size, new_hasher))
-            start = end
-            if len(pending) > 2 * concurrency:
-                yield from _await(pending[0])
-                pending.popleft()
-        while pending:
-            yield from _await(pending[0])
-            pending.popleft()
+        while start < stop or pending:
+            if start < stop and len(pending) <= 2 * concurrency:
+                # Small stripes come first: somebody waits for them, and a small file is to keep all threads busy.
+                share = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (start - begin) // (2 * concurrency)))
+                blocks = taken = min(max(share // block_size, 1), STRIPE_BLOCKS)
+                if not budget.take(blocks):
+                    blocks, taken = min(blocks, LEAST_BLOCKS), 0
+                if taken or not pending:
+                    end = min(start + blocks * block_size, stop)
+                    pending.append((executor.submit(_hash_stripe, file, start, end, block_size, new_hasher), taken))
+                    start = end
+                    continue
+            yield from _await(pending[0][0])
+            budget.give(pending.popleft()[1])
     finally:
         # Nobody may close the file under the hands of a thread.
-        for future in [future for future in pending if not future.cancel()]:
+        for future in [future for future, _ in pending if not future.cancel()]:
             future.exception()
+        budget.give(sum(taken for _, taken in pending))
 
 
 def _await(future: Future[list[BlockDigest]]) -> Iterator[list[BlockDigest]]:

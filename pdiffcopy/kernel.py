@@ -33,6 +33,9 @@ PSEUDO = frozenset(
         0x6E736673,  # nsfs
         0x50495045,  # pipefs
         0x534F434B,  # sockfs
+        0x6E667364,  # nfsd (fs/nfsd/nfsctl.c)
+        0x67596969,  # rpc_pipefs (net/sunrpc/rpc_pipe.c)
+        0x7655821,  # resctrl
     ]
 )
 """The types of file systems whose files aren't kept anywhere: the kernel makes them up (linux/magic.h)."""

@@ -25,6 +25,7 @@ import xxhash
 from pdiffcopy import kernel
 from pdiffcopy.digests import get_verifier
 from pdiffcopy.exceptions import (
+    AbsentError,
     DigestMismatchError,
     FileError,
     FileForbiddenError,
@@ -40,6 +41,8 @@ CHUNK_SIZE = 256 * 1024
 
 LOCK_TIMEOUT = 20.0
 """How long to wait for the writes of others to end, in seconds."""
+BUSY_TIMEOUT = 0.25
+"""How long to wait for a device that is in use, in seconds."""
 
 RUN_ATTRIBUTE = "user.pdiffcopy.run"
 """The extended attribute that tells which run may write to a file (xattr(7))."""
@@ -105,6 +108,9 @@ class LocalFile:
     """An open regular file or block device (a context manager)."""
 
     fd = -1
+    _is_free = False
+    is_awaited: Callable[[], bool] | None = None
+    """Tells whether somebody still waits for what is read (:data:`None`: somebody does)."""
 
     def __init__(
         self,
@@ -223,11 +229,14 @@ class LocalFile:
         Read extents.
 
         :returns: A generator of memory views, each of which is valid until the next one is asked for.
-        :raises: :exc:`.FileError` when the file ends before an extent does.
+        :raises: :exc:`.FileError` when the file ends before an extent does, :exc:`.AbsentError` when nobody waits any
+                 more (see :attr:`is_awaited`).
         """
         with _borrowed_buffer() as buffer:
             for offset, size in extents:
                 for position in range(offset, offset + size, CHUNK_SIZE):
+                    if self.is_awaited and not self.is_awaited():
+                        raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
                     view = buffer[: min(CHUNK_SIZE, offset + size - position)]
                     self._fill(view, position)
                     yield view
@@ -337,7 +346,7 @@ class LocalFile:
         """
         doubtful = self._get_claim().endswith(UNFLUSHED)
         name = run + UNFLUSHED * doubtful
-        self._check_exclusive()
+        self._check_free()
         # First without the lock, which many writers of an earlier run, taking turns, would never leave alone: that ends
         # them. Then with it, since that run may have come to its end, and taken our name for its own.
         if not self._set_claim(name):
@@ -349,16 +358,27 @@ class LocalFile:
                 self._set_claim(run)
         return True
 
-    def _check_exclusive(self) -> None:
-        """Refuse a device that is mounted or in use otherwise (open(2), ``O_EXCL``), before anything is written."""
-        if self.is_device:
-            try:
-                os.close(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-            except OSError as e:
-                if e.errno == errno.EBUSY:
-                    text = "Can't write to {filename}: it is mounted, or another program uses it"
-                    raise FileForbiddenError(text, filename=self.filename) from e
+    def _check_free(self) -> None:
+        """Refuse a device that is mounted or in use otherwise, before anything is written."""
+        if not self.is_device or self._is_free:
+            return
+        deadline = time.monotonic() + BUSY_TIMEOUT
+        while not self._try_exclusive():
+            if time.monotonic() > deadline:
+                text = "Can't write to {filename}: it is mounted, or another program uses it"
+                raise FileForbiddenError(text, filename=self.filename)
+            time.sleep(0.01)  # somebody else may just be looking
+        self._is_free = True
+
+    def _try_exclusive(self) -> bool:
+        """Open a device as nobody can who has it mounted, nor two at a time (open(2), ``O_EXCL``)."""
+        try:
+            os.close(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            return True
+        except OSError as e:
+            if e.errno != errno.EBUSY:
                 raise FileError.from_os_error(e, "claim", self.filename) from e
+            return False
 
     def _get_claim(self) -> str:
         try:
@@ -417,6 +437,7 @@ class LocalFile:
         :param run: The run that has claimed the file (an empty string: none has).
         :raises: :exc:`.TakenOverError` when a later run has.
         """
+        self._check_free()
         with self._locked(fcntl.LOCK_SH):
             self.check_claim(run)
             yield

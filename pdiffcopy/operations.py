@@ -12,7 +12,8 @@ import stat
 from contextlib import suppress
 from typing import Any
 
-from pdiffcopy.exceptions import FileMissingError
+from pdiffcopy.exceptions import FileForbiddenError, FileMissingError
+from pdiffcopy.kernel import PSEUDO, get_file_system
 from pdiffcopy.localfile import MACHINE, LocalFile, Namespace, translating
 from pdiffcopy.protocol import Extent, FileInfo
 
@@ -139,7 +140,7 @@ def stat_file(filename: str, run: str = "") -> FileInfo:
 
 def _create(filename: str, namespace: Namespace, mode: int = FileInfo.mode) -> None:
     with translating("create", filename):
-        _refuse_device_name(filename, namespace)
+        _check_place(filename, namespace)
         _make_folders(os.path.dirname(filename) or ".", namespace)
         with suppress(FileExistsError):
             # Whoever creates it is going to write to it, whether the source may be written to or not.
@@ -147,8 +148,13 @@ def _create(filename: str, namespace: Namespace, mode: int = FileInfo.mode) -> N
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
 
 
-def _refuse_device_name(filename: str, namespace: Namespace) -> None:
-    """A name below /dev that doesn't exist is a device that is missing. A file there would be in memory."""
+def _check_place(filename: str, namespace: Namespace) -> None:
+    """
+    Refuse to create what would be no file.
+
+    A name below /dev that doesn't exist is a device that is missing: a file there would be in memory. Where the kernel
+    makes up the files, a folder that is made may have a meaning.
+    """
     name = filename
     while True:
         try:
@@ -158,8 +164,12 @@ def _refuse_device_name(filename: str, namespace: Namespace) -> None:
             name = os.path.dirname(name.rstrip("/")) or ("/" if filename.startswith("/") else ".")
     try:
         place = os.readlink(f"/proc/self/fd/{fd}") + "/"
+        is_pseudo = get_file_system(fd) in PSEUDO
     finally:
         os.close(fd)
+    if is_pseudo:
+        text = "Can't create {filename}: files there are a part of the kernel"
+        raise FileForbiddenError(text, filename=filename)
     if name != filename and place.startswith("/dev/") and not place.startswith("/dev/shm/"):
         raise FileMissingError("Can't create {filename}: there is no such device", filename=filename)
 

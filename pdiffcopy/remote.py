@@ -27,6 +27,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.connections import open_session
 from pdiffcopy.delta import count_blocks, in_order
 from pdiffcopy.exceptions import (
+    AbsentError,
     AuthenticationError,
     DamagedError,
     DigestMismatchError,
@@ -86,7 +87,7 @@ _NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST",
 FIRST_RETRIES, FIRST_TIMEOUT = 2, 10.0
 """How often a server that has never answered is asked again, and how long a connection to it may take, in seconds."""
 _KNOWN_STATUS = frozenset(HTTPStatus)
-_TRANSIENT_STATUS = frozenset([502, 503, 504, DamagedError.http_status])
+_TRANSIENT_STATUS = frozenset([502, 503, 504, AbsentError.http_status, DamagedError.http_status])
 _ERRORS = {
     error.http_status: error
     for error in (

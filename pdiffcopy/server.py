@@ -25,10 +25,11 @@ from pdiffcopy import protocol as wire
 from pdiffcopy.accesslog import open_access_log
 from pdiffcopy.address import parse_listen
 from pdiffcopy.admission import NOTED, Gate
-from pdiffcopy.body import read_body, send_extents
+from pdiffcopy.body import read_body, send_extents, watch_client
 from pdiffcopy.confinement import Root
 from pdiffcopy.cores import count_cores
 from pdiffcopy.exceptions import (
+    AbsentError,
     AuthenticationError,
     FileMissingError,
     ForbiddenError,
@@ -37,13 +38,16 @@ from pdiffcopy.exceptions import (
     RangeError,
     RequestError,
 )
-from pdiffcopy.hashing import HEARTBEAT, get_hasher, get_methods, hash_stripes
+from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, get_hasher, get_methods, hash_stripes
 from pdiffcopy.localfile import MACHINE, LocalFile
 from pdiffcopy.operations import claim_file, release_file, resize_file, sync_file
 from pdiffcopy.protocol import BlockDigest, Extent, Parameters
 from pdiffcopy.security import check_certificate, is_loopback, load_token
 
 logger = logging.getLogger(__name__)
+
+_BUDGET = Budget(16 * STRIPE_BLOCKS * count_cores())
+"""Enough for four clients at full speed, some 20 MiB a core. It holds for all clients of a process together."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class _Views:
         concurrency = min(parameters.integer("concurrency", 1, wire.MAX_CONCURRENCY, default=1), limit)
         checks = parameters.flag("checks")
         file = self.open(parameters)
-        stripes = hash_stripes(file, start, file.size(), block_size, method, executor, concurrency)
+        stripes = hash_stripes(file, start, file.size(), block_size, method, executor, concurrency, _BUDGET)
         lines = self.report_hashes(stripes) if checks else map(wire.format_hashes, stripes)
         response = Response(lines, mimetype="text/plain")
         response.call_on_close(stripes.close)
@@ -136,7 +140,7 @@ class _Views:
     def read(self) -> Response:
         """``GET /blocks``"""
         parameters = Parameters(request.query_string)
-        extents, state_digest = parameters.extents(), parameters.flag("digest")
+        extents, state_digest = parameters.extents(), parameters.flag("digest") and request.method != "HEAD"
         send_data = parameters.flag("data", default=1)
         file = self.open(parameters)
         if not extents:
@@ -210,6 +214,8 @@ class _Views:
         try:
             yield from map(wire.format_checked, stripes)
             yield wire.DONE.encode("ascii") + b"\n"
+        except AbsentError:
+            return
         except ProgramError as e:
             logger.error("%s", e)
             yield wire.encode_report(e).encode("ascii")
@@ -229,8 +235,10 @@ class _Views:
             yield f"{wire.DONE}\n"
 
     def open(self, parameters: Parameters, write: bool = False) -> LocalFile:
-        """Open the file that a request is about."""
-        return LocalFile(write=write, flush=parameters.flag("flush"), **self.locate(parameters))
+        """Open the file that a request is about. It isn't read any more when the client has left."""
+        file = LocalFile(write=write, flush=parameters.flag("flush"), **self.locate(parameters))
+        file.is_awaited = watch_client(request.environ)
+        return file
 
     def locate(self, parameters: Parameters) -> dict[str, Any]:
         """Where the file of a request is, and which one it has to be."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread, Timer
@@ -29,7 +30,7 @@ from pdiffcopy.confinement import Root
 from pdiffcopy.exceptions import FileError
 from pdiffcopy.localfile import LocalFile
 from pdiffcopy.locations import Network
-from pdiffcopy.operations import resize_file
+from pdiffcopy.operations import read_block, resize_file, write_block
 from pdiffcopy.security import warn_of_eavesdroppers
 from pdiffcopy.server import Settings, describe_exposure, start_server
 from tests.hostile import BEHAVIOURS, HostileProcess
@@ -616,6 +617,34 @@ def test_device_in_use_is_not_written_to(server, tmp_path):
         assert (disk / "file").read_bytes() == b"precious"
 
 
+def test_device_in_use_is_not_written_to_by_others_either(server, tmp_path):
+    """A client of version 1.0.1 claims nothing, and curl says nothing of a run."""
+    with ext4(tmp_path / "image", tmp_path / "disk", size=16 * MEBIBYTE) as disk:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+        device = next(line[0] for line in mounts if line[1] == str(disk))
+        before = (tmp_path / "image").read_bytes()
+        for endpoint in ("blocks", "resize"):
+            response = ask(server, "POST", endpoint, device, offset=0, size=4096)
+            assert response.status_code == 403
+            assert "it is mounted, or another program uses it" in response.text
+        with pytest.raises(FileError, match="mounted"):
+            write_block(device, 0, b"x")
+        assert (tmp_path / "image").read_bytes() == before
+
+
+def test_free_device_is_written_to_by_many_at_once(server, device):
+    """None of them takes the others for somebody who uses it."""
+
+
+    def write(i: int) -> requests.Response:
+        params = {"filename": device, "offset": 4096 * i}
+        return requests.post(f"{server.origin}/blocks", params=params, data=bytes([i]) * 4096, timeout=20)
+
+    with ThreadPoolExecutor(8) as executor:
+        assert [response.status_code for response in executor.map(write, range(64))] == [200] * 64
+    assert read_block(device, 0, 64 * 4096) == b"".join(bytes([i]) * 4096 for i in range(64))
+
+
 def test_two_nodes_of_a_device_are_one_device(server, device, tmp_path):
     """It's the number of the device that counts, not where its node is."""
     os.mknod(tmp_path / "node", stat.S_IFBLK | 0o600, os.stat(device).st_rdev)
@@ -637,6 +666,31 @@ def test_parts_of_the_kernel_are_no_files(server, tmp_path, name):
         assert result.returncode == 1
         assert "part of the kernel" in error_lines(result)[0]
     assert not (tmp_path / "target").exists()
+
+
+@pytest.fixture
+def control_group():
+    """A part of the kernel that looks like a folder in which everything may be created."""
+    folder = Path("/sys/fs/cgroup")
+    if not os.access(folder, os.W_OK) or not (folder / "cgroup.procs").exists():
+        pytest.skip("there are no control groups that could be written to")
+    folder = folder / f"pdiffcopy-{os.getpid()}"
+    yield folder
+    if folder.exists():
+        folder.rmdir()
+
+
+def test_nothing_is_created_among_parts_of_the_kernel(server, control_group):
+    """A folder there is a control group, and a missing file has no folder yet that could be asked what it is."""
+    name = control_group / "x" / "y"
+    for endpoint, parameters in (("resize", {"size": 1}), ("claim", {"run": "ab", "create": 1})):
+        response = ask(server, "POST", endpoint, name, **parameters)
+        assert response.status_code == 403, response.text
+        assert "part of the kernel" in response.text
+    result = run_pdiffcopy(__file__, name)
+    assert result.returncode == 1
+    assert "part of the kernel" in error_lines(result)[0]
+    assert not control_group.exists()
 
 
 # Hostile servers {{{1
@@ -792,6 +846,57 @@ def test_client_that_leaves_costs_no_more_work(launch, tmp_path):
         return cpu_time(server) <= before + 1
 
     wait_for(rests, what="the end of the work")
+
+
+@pytest.mark.parametrize("verb, endpoint, parameters", [
+    ("GET", "hashes", "block_size=1073741824&method=sha512&concurrency=2"),
+    ("GET", "blocks", "offset=0&size=1073741824&digest=1&data=0"),
+    ("GET", "blocks", "offset=0&size=1073741824&digest=1"),
+    ("HEAD", "blocks", "offset=0&size=1073741824&digest=1"),
+    ("HEAD", "hashes", "block_size=1048576&method=sha512&concurrency=2"),
+])  # fmt: skip
+def test_clients_that_leave_take_their_work_along(launch, tmp_path, verb, endpoint, parameters):
+    """At once, also what was begun, and though nothing was sent yet. A HEAD is no work at all."""
+    server = launch("-c", "1")
+    with (tmp_path / "huge").open("wb") as handle:
+        handle.truncate(8 * 1024**3)
+    assert ask(server, "GET", "hashes", __file__, block_size=1000, method="sha512").ok  # all is imported
+    before = cpu_time(server)
+    head = f"{verb} /{endpoint}?filename={tmp_path / 'huge'}&{parameters} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for _ in range(40):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+            sock.sendall(head.encode())
+            if verb == "HEAD":
+                assert sock.recv(17) == b"HTTP/1.1 200 OK\r\n"
+    assert ask(server, "GET", "info", __file__).ok
+    time.sleep(0.2)
+    after = cpu_time(server)
+    time.sleep(0.3)
+    assert cpu_time(server) <= after + 1
+    # One of these requests would be half a second of work, or two.
+    assert after - before < 1.5 * os.sysconf("SC_CLK_TCK")
+
+
+def test_slow_readers_share_the_memory(launch, tmp_path):
+    """Many streams of hashes of tiny blocks that nobody reads cost as much as a few."""
+    server = launch("-c", "1")
+    with (tmp_path / "file").open("wb") as handle:
+        handle.truncate(100_000_000)
+    (worker,) = children_of(server.process.pid)
+    query = f"filename={tmp_path / 'file'}&block_size=1&method=sha512&concurrency=2"
+    with ExitStack() as stack:
+        for _ in range(150):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(f"GET /hashes?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        rests = 0.0
+        while rests < 1:
+            before = cpu_time(server)
+            time.sleep(0.25)
+            rests = rests + 0.25 if cpu_time(server) <= before + 1 else 0
+        status = Path(f"/proc/{worker}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 250_000
 
 
 @pytest.mark.parametrize("method, endpoint, parameters", [

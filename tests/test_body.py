@@ -22,7 +22,7 @@ from werkzeug.test import create_environ
 
 from pdiffcopy import localfile
 from pdiffcopy.body import read_body, send_extents
-from pdiffcopy.exceptions import FileError, RequestError
+from pdiffcopy.exceptions import AbsentError, FileError
 from pdiffcopy.localfile import CHUNK_SIZE, LocalFile, Stored
 from pdiffcopy.protocol import Extent, format_extents
 from pdiffcopy.server import Settings, create_app
@@ -68,7 +68,7 @@ def test_large_bodies_are_read_in_pieces():
 def test_stream_that_ends_early_is_an_error():
     """What's missing isn't made up."""
     environ = create_environ(method="POST", input_stream=BytesIO(b"some"))
-    with pytest.raises(RequestError, match="ended early"):
+    with pytest.raises(AbsentError, match="ended early"):
         read_all(environ, 5)
 
 
@@ -79,7 +79,7 @@ def test_stream_that_breaks_is_an_error_of_the_client():
         def read(self, size=-1):
             raise ConnectionResetError(104, "Connection reset by peer")
 
-    with pytest.raises(RequestError, match="ended early: Connection reset by peer"):
+    with pytest.raises(AbsentError, match="ended early: Connection reset by peer"):
         read_all(create_environ(method="POST", input_stream=Broken()), 5)
 
 
@@ -167,7 +167,7 @@ def test_early_end_is_an_error_of_the_client(parsed):
     client.sendall(make_request(bytes(100))[:-50])
     request = next(parser)
     client.close()
-    with pytest.raises(RequestError, match="ended early: The connection was closed early"):
+    with pytest.raises(AbsentError, match="ended early: The connection was closed early"):
         read_all(get_environ(sock, request), 100)
 
 
@@ -273,7 +273,7 @@ def test_connection_that_is_closed_early(server, path, sent):
         connection.sock.sendall(octets[: len(octets) - len(data) + sent])
         connection.sock.shutdown(socket.SHUT_WR)
         status, problem = connection.receive()
-    assert (status, problem["title"]) == (400, "Bad Request")
+    assert (status, problem["title"]) == (408, "Request Timeout")
     assert "ended early" in problem["detail"]
     assert_written(path, data[:sent])
 
@@ -290,7 +290,7 @@ def test_stalled_client_is_given_up(impatient, tmp_path):
             connection.sock.sendall(octets[: len(octets) - len(data) + sent])
         for sent, connection in connections.items():
             status, problem = connection.receive()
-            assert status == 400 and "ended early" in problem["detail"]
+            assert status == 408 and "ended early" in problem["detail"]
             assert (tmp_path / str(sent)).read_bytes() == data[:sent].ljust(len(data), b"\0")
         assert time.monotonic() - started >= STALL
         for connection in connections.values():
@@ -311,7 +311,7 @@ def test_stalled_client_smuggles_nothing(impatient, path):
         # What comes together with the head takes another way.
         time.sleep(0.2)
         connection.sock.sendall(data[10:sent])
-        assert connection.receive()[0] == 400
+        assert connection.receive()[0] == 408
         with suppress(OSError):
             connection.sock.settimeout(2)
             connection.sock.sendall(data[sent:] + follower)

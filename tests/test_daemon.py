@@ -152,7 +152,7 @@ def test_stalled_clients_do_not_keep_others_waiting(impatient, path):
         for sock in stalled:
             sock.sendall(head + b"half")
         for sock in stalled:
-            assert sock.recv(100).startswith(b"HTTP/1.1 400 ")
+            assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
         # Now the server tries to skip what's missing, and takes leave of one connection after the other.
         for sock in stalled:
             while sock.recv(1000):

@@ -20,6 +20,7 @@ from tests.hostile import HostileProcess
 from tests.relay import RelayProcess
 from tests.support import (
     RUN_TIMEOUT,
+    STALL,
     Server,
     can_connect,
     children_of,
@@ -31,6 +32,7 @@ from tests.support import (
     mounted,
     run_pdiffcopy,
     wait_for,
+    write_pattern,
 )
 
 BLOCK = 65536
@@ -615,6 +617,19 @@ def test_slow_work_is_no_silence(launch, tmp_path):
     options = "-b", "256MiB", "-m", "sha3_512", "--timeout", "1", "--retries", "0"
     result = run_client(*options, server.location(tmp_path / "source"), str(tmp_path / "target"))
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("options", [("-W",), (), ("-m", "xxh128")], ids=" ".join)
+def test_source_that_pauses_for_longer_than_the_target_waits(server, impatient, tmp_path, options):
+    """The target's server gives up on the client, which isn't to blame, and tries again."""
+    data = write_pattern(tmp_path / "source", 3 * MEBIBYTE)
+    write_pattern(tmp_path / "target", 3 * MEBIBYTE, seed=2)
+    with RelayProcess(server.port, f"response GET+/blocks middle delay={2.5 * STALL}") as relay:
+        source = f"127.0.0.1:{relay.port}{tmp_path / 'source'}"
+        result = run_client(*options, source, impatient.location(tmp_path / "target"))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "target").read_bytes() == data
+    assert "trying again" in result.stderr
 
 
 # To the disk {{{1

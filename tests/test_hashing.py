@@ -7,7 +7,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 
 import blake3
 import pytest
@@ -15,7 +15,7 @@ import xxhash
 
 from pdiffcopy import hashing
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
-from pdiffcopy.hashing import compute_hashes, get_hasher, get_methods, hash_stripes, hash_worker
+from pdiffcopy.hashing import LEAST_BLOCKS, Budget, compute_hashes, get_hasher, get_methods, hash_stripes, hash_worker
 from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
 from tests.support import wait_for, write_pattern
 
@@ -197,6 +197,31 @@ def test_what_nobody_will_read_is_not_begun(tmp_path, monkeypatch):
         stripes.close()
         thread.join()
     assert len(begun) == 2
+
+
+def test_slow_readers_share_a_budget(tmp_path):
+    """However many they are: what waits for them is bounded, each of them gets on, and all is given back."""
+    path = tmp_path / "file"
+    write_pattern(path, 20_000)
+    budget = Budget(10_000)
+    waiting = []
+
+    class Recorder(ThreadPoolExecutor):
+        def submit(self, function, file, start, end, block_size, *rest):
+            waiting.append(end - start)
+            return super().submit(function, file, start, end, block_size, *rest)
+
+    with LocalFile(str(path)) as file, Recorder(2) as executor:
+        streams = [hash_stripes(file, 0, 20_000, 1, "xxh128", executor, 2, budget) for _ in range(40)]
+        firsts = [next(stream) for stream in streams]
+        assert sum(waiting) <= 10_000 + len(streams) * LEAST_BLOCKS
+        expected = list(compute_hashes(str(path), 1, "xxh128", 2))
+        for first, stream in zip(firsts, streams, strict=True):
+            digests = [*first, *chain.from_iterable(islice(stream, 3))]
+            assert digests == expected[: len(digests)] and len(digests) >= 4 * LEAST_BLOCKS
+        for stream in streams:
+            stream.close()
+    assert budget.take(10_000) and not budget.take(1)
 
 
 @pytest.mark.usefixtures("small_stripes")

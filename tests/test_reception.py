@@ -192,7 +192,7 @@ def test_body_has_to_make_progress(serve, path, piece):
     line = f"POST /blocks?filename={quote(str(path))}&offset=0 HTTP/1.1\r\nHost: localhost\r\n"
     with connect(server, f"{line}Content-Length: 50000\r\n\r\n".encode()) as sock:
         answer = drip(sock, piece)
-    assert answer.startswith(b"HTTP/1.1 400 ") or piece
+    assert answer.startswith(b"HTTP/1.1 408 ") or piece
     wait_for(lambda: not is_open(worker, path), what="the server to close the file")
 
 
