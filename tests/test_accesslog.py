@@ -118,7 +118,7 @@ def test_request_that_breaks_off_is_logged(launch, tmp_path, path):
         head = f"POST /blocks?filename={path}&offset=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000\r\n\r\n"
         sock.sendall(head.encode() + bytes(1000))
     (line,) = read_log(log, 1)
-    assert line["status"] == "400"
+    assert line["status"] == "408"
     assert int(line["bytes"]) < 5000
 
 

@@ -34,7 +34,17 @@ from pdiffcopy.operations import read_block, resize_file, write_block
 from pdiffcopy.security import warn_of_eavesdroppers
 from pdiffcopy.server import Settings, describe_exposure, start_server
 from tests.hostile import BEHAVIOURS, HostileProcess
-from tests.support import children_of, error_lines, ext4, loop_device, make_data, run_pdiffcopy, serve_https, wait_for
+from tests.support import (
+    children_of,
+    error_lines,
+    ext4,
+    loop_device,
+    make_data,
+    mounted,
+    run_pdiffcopy,
+    serve_https,
+    wait_for,
+)
 from tests.test_faults import check_error
 
 SECRET = b"the secret of another directory"
@@ -668,29 +678,19 @@ def test_parts_of_the_kernel_are_no_files(server, tmp_path, name):
     assert not (tmp_path / "target").exists()
 
 
-@pytest.fixture
-def control_group():
-    """A part of the kernel that looks like a folder in which everything may be created."""
-    folder = Path("/sys/fs/cgroup")
-    if not os.access(folder, os.W_OK) or not (folder / "cgroup.procs").exists():
-        pytest.skip("there are no control groups that could be written to")
-    folder = folder / f"pdiffcopy-{os.getpid()}"
-    yield folder
-    if folder.exists():
-        folder.rmdir()
-
-
-def test_nothing_is_created_among_parts_of_the_kernel(server, control_group):
-    """A folder there is a control group, and a missing file has no folder yet that could be asked what it is."""
-    name = control_group / "x" / "y"
-    for endpoint, parameters in (("resize", {"size": 1}), ("claim", {"run": "ab", "create": 1})):
-        response = ask(server, "POST", endpoint, name, **parameters)
-        assert response.status_code == 403, response.text
-        assert "part of the kernel" in response.text
-    result = run_pdiffcopy(__file__, name)
-    assert result.returncode == 1
-    assert "part of the kernel" in error_lines(result)[0]
-    assert not control_group.exists()
+def test_nothing_is_created_among_parts_of_the_kernel(launch, tmp_path):
+    """A folder there may be a control group, and a missing file has no folder yet that could be asked what it is."""
+    with mounted(tmp_path / "kernel", "bpf") as folder:
+        server, name = launch(), folder / "x" / "y"
+        for endpoint, parameters in (("resize", {"size": 1}), ("claim", {"run": "ab", "create": 1})):
+            response = ask(server, "POST", endpoint, name, **parameters)
+            assert response.status_code == 403, response.text
+            assert "part of the kernel" in response.text
+        result = run_pdiffcopy(__file__, name)
+        assert result.returncode == 1
+        assert "part of the kernel" in error_lines(result)[0]
+        assert not (folder / "x").exists()
+        server.stop()
 
 
 # Hostile servers {{{1
