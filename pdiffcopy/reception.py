@@ -382,8 +382,8 @@ class Reception:
             enough = min(self.host.count_missing(visitor), sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
             is_missing = _ask(sock, termios.FIONREAD) < enough
             moved = _count_moved(sock)
-        except OSError:
-            return  # it's being closed
+        except (OSError, ValueError):
+            return  # its thread has closed it
         gained, visitor.moved = moved - visitor.moved, moved
         if not (is_unread or is_missing):
             visitor.patience = STALL_TIMEOUT

@@ -7,13 +7,16 @@ import re
 import resource
 import socket
 import ssl
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from urllib.parse import quote
 
 import pytest
 import requests
 
+from pdiffcopy.reception import Reception
 from tests.support import children_of, exchange, run_pdiffcopy, serve_https, wait_for, write_pattern
 from tests.test_daemon import is_open
 
@@ -305,3 +308,45 @@ def test_server_without_descriptors_goes_on(launch, ask, path):
         assert ask(server, path) == 200
     assert children_of(server.process.pid) == [worker]
     assert os.listdir(f"/proc/{worker}/fd")
+
+
+class ClosingHost:
+    """One whose threads close a connection, and take their time to say so."""
+
+    threads = 1
+
+    def __init__(self):
+        self.is_closed, self.may_end = threading.Event(), threading.Event()
+
+    def wrap(self, sock):
+        return sock
+
+    def read(self, visitor):
+        visitor.head = b""
+
+    def count_missing(self, visitor):
+        return 0
+
+    def serve(self, visitor):
+        visitor.sock.close()
+        self.is_closed.set()
+        return self.may_end.wait(TIMEOUT) and False
+
+
+def test_connection_that_its_thread_closed_ends_alone():
+    """It's on the list of the served for another moment, and nobody may stumble over it."""
+    host = ClosingHost()
+    with ThreadPoolExecutor(1) as executor, socket.create_server(("127.0.0.1", 0)) as listener:
+        desk = Reception(host, [listener], executor, executor)
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(HEAD + b"\r\n")
+            while not host.is_closed.is_set():
+                desk.turn()
+            end = time.monotonic() + 2.5  # the desk looks after them each second
+            while time.monotonic() < end:
+                desk.turn()
+            assert len(desk.served) == 1
+            host.may_end.set()
+            while desk.served:
+                desk.turn()
+        desk.stop()
