@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROGRAM := $(VENV)/.stamp-program
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check docs benchmark torture clean
+.PHONY: help demo test lowest coverage check docs benchmark torture clean
 # A target that is interrupted leaves no half-made file behind.
 .DELETE_ON_ERROR:
 # One pip at a time.
@@ -27,6 +27,11 @@ demo: $(PROGRAM) ## Synchronize a large file with an older copy on loopback (tak
 # Most tests wait for processes to start and to end, so several of them at a time keep two cores busy.
 test: $(VENV)/.stamp-tests ## Run all tests (takes some minutes)
 	@$(BIN)/python -m pytest -q -n 4
+
+lowest: ## The same, with the oldest libraries that are admitted
+	@mkdir -p $(VENV)-lowest
+	@$(PYTHON) scripts/lowest.py requirements.txt requirements-client.txt requirements-server.txt >$(VENV)-lowest/constraints.txt
+	@PIP_CONSTRAINT=$(abspath $(VENV)-lowest/constraints.txt) $(MAKE) --no-print-directory test VENV=$(VENV)-lowest
 
 coverage: $(VENV)/.stamp-tests ## The same, and show what they leave out (takes three times as long)
 	@$(BIN)/python -m pytest -q -n 4 --cov
@@ -46,7 +51,7 @@ torture: $(VENV)/.stamp-tests ## Attack random runs at random moments, for a lon
 	@$(BIN)/python -m tests.torture --count $(COUNT)
 
 clean: ## Remove whatever was made here, the virtual environment included
-	rm -rf $(VENV) .tox .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis htmlcov
+	rm -rf $(VENV) $(VENV)-lowest .tox .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis htmlcov
 	rm -rf build dist pdiffcopy.egg-info docs/_build
 	find pdiffcopy tests docs -name __pycache__ -prune -exec rm -rf {} +
 
