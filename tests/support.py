@@ -81,7 +81,7 @@ def start_server(
     **keywords,
 ) -> Server:
     """
-    Start a server and wait until it accepts connections.
+    Start a server and wait until it accepts connections, and has the processes that serve them.
 
     :param folder: Where its log goes.
     :param options: Options for its command line.
@@ -96,7 +96,9 @@ def start_server(
     with log.open("ab") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})}, **keywords)
     server = Server(process, port, log, scheme)
-    wait_for(lambda: can_connect(port) or process.poll() is not None, what="the server")
+    count = int(options[options.index("-c") + 1]) if "-c" in options else 1
+    is_complete = lambda: can_connect(port) and len(children_of(process.pid)) >= count  # noqa: E731
+    wait_for(lambda: is_complete() or process.poll() is not None, what="the server")
     assert process.poll() is None, log.read_text()
     return server
 
