@@ -93,6 +93,10 @@ class Daemon(BaseApplication):
         _check_address(host or "0.0.0.0", port)
         _raise_file_limit()
         super().__init__()
+        # All processes begin with this one: a certificate that is being replaced right then does no harm.
+        self.contexts = _Contexts(self.cfg)
+        if self.cfg.is_ssl:
+            self.contexts.get()
 
     def load_config(self) -> None:
         """Called by gunicorn, older versions of which don't know all of these settings."""
@@ -173,7 +177,6 @@ class _Worker(ThreadWorker):
         """Called by gunicorn when the process starts."""
         self.threads: int = self.cfg.threads
         self.wsgi = self.answer
-        self.contexts = _Contexts(self.cfg)
 
     def run(self) -> None:
         """Called by gunicorn: the life of the process."""
@@ -197,7 +200,7 @@ class _Worker(ThreadWorker):
         """Begin to encrypt a connection, if that's wanted."""
         if not self.cfg.is_ssl:
             return sock
-        return self.contexts.get().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return self.app.contexts.get().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def read(self, visitor: reception.Visitor) -> float | None:
         """Read a request, and find out who sent it."""
