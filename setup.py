@@ -21,7 +21,8 @@ setup(
     long_description=(HERE / "README.rst").read_text(encoding="utf-8"),
     long_description_content_type="text/x-rst",
     license="MIT",
-    packages=find_packages(include=["pdiffcopy"]),
+    packages=find_packages(include=["pdiffcopy", "pdiffcopy.*"]),
+    package_data={"pdiffcopy": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=get_requirements("requirements.txt"),
     extras_require={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -47,10 +48,8 @@ def get_peak_memory(pid: int) -> int:
 def reset_peak_memory(pid: int) -> None:
     """Begin anew with the peak memory of a process and its descendants."""
     for member in get_tree(pid):
-        try:
+        with contextlib.suppress(OSError):
             Path(f"/proc/{member}/clear_refs").write_text("5")
-        except OSError:
-            pass
 
 
 def is_listening(pid: int, port: int) -> bool:

@@ -76,7 +76,7 @@ def _format_case(results: Results, case: Case) -> list[str]:
     row += [f"{(number or 0) / MEBIBYTE:.0f}" for number in memory]
     row += [_format_ratio(results, case, results.median(replace(case, contender=rival)))
             for rival in (RSYNC_DELTA, RSYNC_WHOLE)]  # fmt: skip
-    return row + [_format_ratio(results, case, _get_limit(results, case))]
+    return [*row, _format_ratio(results, case, _get_limit(results, case))]
 
 
 def _format_ratio(results: Results, case: Case, divisor: float | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import pdiffcopy  # noqa: E402
+import pdiffcopy
 
 project = "pdiffcopy"
 author = "The pdiffcopy contributors"

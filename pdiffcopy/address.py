@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 from ipaddress import IPv6Address
-from typing import Any, NamedTuple
-from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
+from typing import NamedTuple
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from pdiffcopy import DEFAULT_PORT
 from pdiffcopy.exceptions import LocationError, UsageError
@@ -26,21 +26,31 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         """The expression that :func:`parse_location` makes this address of."""
-        if not self.hostname:
+        if self.is_near:
             return self.filename
         return f"{self.origin}{quote(os.fsencode(self.filename))}"
 
     @property
     def origin(self) -> str:
-        """Scheme, host and port, as a URL starts with them."""
+        """Scheme, host and port, as a URL starts with them (empty for a local file)."""
+        if self.is_near:
+            return ""
         return f"{self.scheme}://{join_host_port(self.hostname.replace('%', '%25'), self.port)}"
 
-    def url(self, endpoint: str, **params: Any) -> str:
-        """The URL of an endpoint for this file."""
-        query = {"filename": os.fsencode(self.filename), **params}
+    @property
+    def is_near(self) -> bool:
+        """Whether the file is on this machine."""
+        return not self.hostname
+
+    @property
+    def base(self) -> str:
+        """Return what the URLs of requests start with."""
         # The zone of an IPv6 address means something to this machine only: the connection knows it.
-        host = join_host_port(self.hostname.partition("%")[0], self.port)
-        return f"{self.scheme}://{host}/{endpoint}?{urlencode(query)}"
+        return f"{self.scheme}://{join_host_port(self.hostname.partition('%')[0], self.port)}"
+
+    def is_same(self, other: Address) -> bool:
+        """Whether another address is that of the same file, as far as their spelling tells."""
+        return (self.origin.lower(), self.filename) == (other.origin.lower(), other.filename)
 
 
 _SHORT_FORM = re.compile(r"(?P<host>\[[^/\[\]]*\]|[^/:\[\]]+):(?P<port>[^/:]*)(?P<filename>/.*)", re.DOTALL)

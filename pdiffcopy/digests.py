@@ -1,9 +1,11 @@
 """
-What do two sides state about octets, to find out whether they are the same?
+What do two sides state about bytes, to find out whether they are the same?
 
-An XXH128 digest (https://github.com/Cyan4973/xxHash), most significant digit first: either of the octets, or
-*blockwise*, of the XXH128 digests of their blocks. A side that has just compared these blocks knows the latter without
-reading anything again.
+An XXH128 digest (https://github.com/Cyan4973/xxHash), most significant digit first, as 32 hexadecimal digits: either of
+the bytes themselves, or *blockwise*, of the digests of their blocks. A side that has just compared these blocks by
+XXH128 knows the blockwise digest without reading anything again.
+
+XXH128 is chosen here and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,17 +15,31 @@ from typing import Any
 
 import xxhash
 
+__all__ = ["METHOD", "BlockwiseHasher", "compute_digest", "digest_blockwise", "get_verifier", "new_hasher"]
+
+METHOD = "xxh128"
+"""The name of the hash method that compares blocks by the same digests."""
+
+new_hasher = xxhash.xxh3_128
+"""Makes objects with the methods ``update()``, ``hexdigest()`` and ``reset()``."""
+compute_digest = xxhash.xxh3_128_hexdigest
+"""Computes the digest of a buffer."""
+
 
 class BlockwiseHasher:
-    """Digests octets by way of the digests of their blocks."""
+    """Digests bytes by way of the digests of their blocks."""
 
     def __init__(self, block_size: int):
-        """:param block_size: How many octets a block has (the last one may be shorter)."""
+        """
+        Initialize a hash object.
+
+        :param block_size: How many bytes a block has (the last one may be shorter).
+        """
         self.block_size = self.room = block_size
-        self.block, self.digests = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self.block, self.digests = new_hasher(), new_hasher()
 
     def update(self, chunk: memoryview) -> None:
-        """Go on with some octets, cut anywhere."""
+        """Go on with some bytes, cut anywhere."""
         while len(chunk):
             piece, chunk = chunk[: self.room], chunk[self.room :]
             self.block.update(piece)
@@ -32,7 +48,7 @@ class BlockwiseHasher:
                 self._end_block()
 
     def hexdigest(self) -> str:
-        """What :func:`digest_blockwise` makes of the digests of the blocks. Nothing may be added after that."""
+        """Return what :func:`digest_blockwise` makes of the digests of the blocks. This ends the last block."""
         if self.room < self.block_size:
             self._end_block()
         return self.digests.hexdigest()
@@ -47,11 +63,11 @@ def get_verifier(block_size: int) -> Any:
     """
     Make a hash object for what was transferred.
 
-    :param block_size: The size of the blocks of a blockwise digest (in bytes), 0 for a digest of the octets themselves.
+    :param block_size: The size of the blocks of a blockwise digest (in bytes), 0 for a digest of the bytes themselves.
     """
-    return BlockwiseHasher(block_size) if block_size else xxhash.xxh3_128()
+    return BlockwiseHasher(block_size) if block_size else new_hasher()
 
 
 def digest_blockwise(digests: Iterable[str]) -> str:
-    """The XXH128 digest of the hexadecimal digests of some blocks, in the order of the blocks."""
-    return xxhash.xxh3_128_hexdigest("".join(digests).encode("ascii"))
+    """Compute the digest of the hexadecimal digests of some blocks, in the order of the blocks."""
+    return compute_digest("".join(digests).encode("ascii"))

@@ -1,13 +1,16 @@
-"""Which errors are there, and what does each one mean to a shell and to an HTTP client?
+"""
+Which errors are there, and what does each one mean to a shell and to an HTTP client?
 
-Each class knows its exit code and its HTTP status, so that :func:`.cli.main` and the error handler of the server
-need no table of their own. The keyword arguments of an error are interpolated into its text *and* stay available as
-attributes: ``error.filename``, ``error.offset``, ``error.reason``.
+Each class knows its exit code and its HTTP status, and :func:`get_error_class` knows the way back, so that
+:func:`.cli.main`, the error handler of the server and the client need no table of their own. The keyword arguments of
+an error are interpolated into its text *and* stay available as attributes: ``error.filename``, ``error.offset``,
+``error.reason``.
 """
 
 from __future__ import annotations
 
 import errno
+from contextlib import AbstractContextManager
 from typing import Any
 
 from humanfriendly.text import compact
@@ -210,6 +213,27 @@ class FileTooLargeError(FileError):
     http_status = 413
 
 
+class translating(AbstractContextManager[None]):  # noqa: N801 (it is used like a function)
+    """Turn an :exc:`OSError` into a :exc:`FileError` that names the file and what was tried."""
+
+    # A class, since a generator would take longer than the system call that it surrounds.
+
+    def __init__(self, action: str, filename: str):
+        """
+        Initialize a context manager.
+
+        :param action: What is tried (a verb).
+        :param filename: With which file.
+        """
+        self.action = action
+        self.filename = filename
+
+    def __exit__(self, exc_type: Any, error: BaseException | None, traceback: Any) -> None:
+        """Translate the error, if there is one."""
+        if isinstance(error, OSError):
+            raise FileError.from_os_error(error, self.action, self.filename) from error
+
+
 _FILE_ERRORS: dict[int, type[FileError]] = {
     errno.EACCES: FileForbiddenError,
     errno.EBUSY: FileForbiddenError,
@@ -230,6 +254,36 @@ _FILE_ERRORS: dict[int, type[FileError]] = {
     errno.ETXTBSY: FileForbiddenError,
     errno.EXDEV: FileMissingError,
 }
+
+# The way back {{{1
+
+_TRANSIENT = frozenset([502, 503, 504, AbsentError.http_status, DamagedError.http_status])
+_BY_STATUS: dict[int, type[ProgramError]] = {
+    error.http_status: error
+    for error in (
+        AuthenticationError,
+        DigestMismatchError,
+        DiskFullError,
+        FileMissingError,
+        ForbiddenError,
+        ReplacedError,
+        TakenOverError,
+    )
+}
+
+
+def get_error_class(status: int, is_ours: bool = True) -> type[ProgramError]:
+    """
+    Choose the most specific class for a server that says no.
+
+    :param status: The HTTP status.
+    :param is_ours: Whether the answer is known to come from a pdiffcopy server, and not from something in between.
+    :returns: :exc:`TransientError` where the same request may succeed later.
+    """
+    if status in _TRANSIENT:
+        return TransientError
+    return _BY_STATUS.get(status, RemoteError) if is_ours else RemoteError
+
 
 # How a run can end badly {{{1
 

@@ -17,15 +17,15 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from functools import cache, lru_cache, partial
 from typing import Any
 
-import xxhash
-
+from pdiffcopy import digests
+from pdiffcopy.blocks import BlockDigest, Extent
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
-from pdiffcopy.protocol import BlockDigest, Extent
+from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.localfile import LocalFile
 
 STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
@@ -51,8 +51,8 @@ def compute_hashes(filename: str, block_size: int, method: str, concurrency: int
               digest of that block (a string). They come in the order of the file, as they become known.
     """
     get_hasher(method)
-    with LocalFile(filename) as file, ThreadPoolExecutor(concurrency) as executor:
-        for stripe in hash_stripes(file, 0, file.size(), block_size, method, executor, concurrency):
+    with LocalFile(filename) as file, Hashers(concurrency) as hashers:
+        for stripe in hashers.hash(file, 0, file.size(), block_size, method):
             yield from stripe
 
 
@@ -97,51 +97,90 @@ class Budget:
             self._left += count
 
 
-def hash_stripes(
-    file: LocalFile,
-    start: int,
-    stop: int,
-    block_size: int,
-    method: str,
-    executor: Executor,
-    concurrency: int,
-    budget: Budget | None = None,
-) -> Generator[list[BlockDigest], None, None]:
-    """
-    Hash a part of an open file.
+class Hashers:
+    """Threads that hash, for one reader or for many (a context manager)."""
 
-    :param start: Where to begin, a multiple of the block size.
-    :param stop: Where the last block ends, whole or not.
-    :param executor: Whose threads do the work.
-    :param concurrency: How many of them to keep busy.
-    :param budget: How many digests may wait (by default as many as there are).
-    :returns: A generator of lists of neighbouring blocks, in order. It yields an empty list when that takes longer than
-              :data:`HEARTBEAT`.
-    """
-    if block_size < 1:
-        raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
-    new_hasher, begin, budget = get_hasher(method), start, budget or Budget()
-    pending: deque[tuple[Future[list[BlockDigest]], int]] = deque()
-    try:
-        while start < stop or pending:
-            if start < stop and len(pending) <= 2 * concurrency:
-                # Small stripes come first: somebody waits for them, and a small file is to keep all threads busy.
-                share = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (start - begin) // (2 * concurrency)))
-                blocks = taken = min(max(share // block_size, 1), STRIPE_BLOCKS)
-                if not budget.take(blocks):
-                    blocks, taken = min(blocks, LEAST_BLOCKS), 0
-                if taken or not pending:
-                    end = min(start + blocks * block_size, stop)
-                    pending.append((executor.submit(_hash_stripe, file, start, end, block_size, new_hasher), taken))
-                    start = end
-                    continue
-            yield from _await(pending[0][0])
-            budget.give(pending.popleft()[1])
-    finally:
-        # Nobody may close the file under the hands of a thread.
-        for future in [future for future, _ in pending if not future.cancel()]:
+    def __init__(self, threads: int, budget: Budget | None = None):
+        """
+        Initialize them. They start when there is something to do, so this may be done before a fork.
+
+        :param threads: How many there are.
+        :param budget: How many digests may wait for all readers together (by default as many as there are).
+        """
+        self.threads = threads
+        self.budget = budget or Budget()
+        self.executor = ThreadPoolExecutor(threads, "hash")
+
+    def __enter__(self) -> Hashers:
+        """Nothing to prepare."""
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """End the threads."""
+        self.executor.shutdown()
+
+    def hash(
+        self, file: LocalFile, start: int, stop: int, block_size: int, method: str, concurrency: int = 0
+    ) -> Generator[list[BlockDigest], None, None]:
+        """
+        Hash a part of an open file.
+
+        :param start: Where to begin, a multiple of the block size.
+        :param stop: Where the last block ends, whole or not.
+        :param concurrency: How many threads to keep busy (by default all).
+        :returns: A generator of lists of neighboring blocks, in order. It yields an empty list when that takes longer
+                  than :data:`HEARTBEAT`.
+        """
+        if block_size < 1:
+            raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
+        stripes = _Stripes(self, file, start, stop, block_size, get_hasher(method))
+        most = 2 * min(concurrency or self.threads, self.threads) + 1
+        try:
+            while stripes.submit(most):
+                yield from _await(stripes.pending[0][0])
+                self.budget.give(stripes.pending.popleft()[1])
+        finally:
+            stripes.cancel()
+
+
+class _Stripes:
+    """The stripes of one file that are being hashed."""
+
+    def __init__(
+        self, hashers: Hashers, file: LocalFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any]
+    ):
+        self.hashers, self.file, self.block_size, self.new_hasher = hashers, file, block_size, new_hasher
+        self.begin = self.position = start
+        self.stop = stop
+        self.pending: deque[tuple[Future[list[BlockDigest]], int]] = deque()
+        """Their results, and how much of the budget they have taken."""
+
+    def submit(self, most: int) -> bool:
+        """Submit as many as may wait (at least one), and tell whether there are any."""
+        while self.position < self.stop and len(self.pending) < most:
+            blocks = taken = self._count_blocks(most - 1)
+            if not self.hashers.budget.take(blocks):
+                if self.pending:
+                    break
+                blocks, taken = min(blocks, LEAST_BLOCKS), 0
+            end = min(self.position + blocks * self.block_size, self.stop)
+            work = self.hashers.executor.submit(
+                _hash_stripe, self.file, self.position, end, self.block_size, self.new_hasher
+            )
+            self.pending.append((work, taken))
+            self.position = end
+        return bool(self.pending)
+
+    def _count_blocks(self, share: int) -> int:
+        """Small stripes come first: a reader waits for them, and a small file is to keep all threads busy."""
+        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (self.position - self.begin) // share))
+        return min(max(size // self.block_size, 1), STRIPE_BLOCKS)
+
+    def cancel(self) -> None:
+        """Wait for what is being hashed: the file may not be closed under the hands of a thread."""
+        for future in [future for future, _ in self.pending if not future.cancel()]:
             future.exception()
-        budget.give(sum(taken for _, taken in pending))
+        self.hashers.budget.give(sum(taken for _, taken in self.pending))
 
 
 def _await(future: Future[list[BlockDigest]]) -> Iterator[list[BlockDigest]]:
@@ -160,7 +199,7 @@ def _hash_stripe(
     # Several small blocks are read at once, a large block in several chunks.
     run = max(CHUNK_SIZE // block_size, 1) * block_size
     extents = [Extent(offset, min(run, stop - offset)) for offset in range(start, stop, run)]
-    digests, hasher, position = [], new_hasher(), start
+    found, hasher, position = [], new_hasher(), start
     file.prepare([Extent(start, stop - start)])
     for chunk in file.chunks(extents):
         for cut in range(0, len(chunk), block_size):
@@ -168,9 +207,23 @@ def _hash_stripe(
             hasher.update(piece)
             position += len(piece)
             if position % block_size == 0 or position == stop:
-                digests.append(BlockDigest((position - 1) // block_size * block_size, hasher.hexdigest()))
+                found.append(BlockDigest((position - 1) // block_size * block_size, hasher.hexdigest()))
                 hasher = new_hasher()
-    return digests
+    return found
+
+
+def find_method(method: str) -> str:
+    """
+    Find the name that both sides of a copy have for a hash method.
+
+    :param method: The name in any of the spellings that Python allows, like ``SHA1``.
+    :raises: :exc:`.UsageError` when there is no such method here.
+    """
+    for name in (method, method.lower()):
+        if name in get_methods():
+            return name
+    get_hasher(method)
+    return str(hashlib.new(method, usedforsecurity=False).name)
 
 
 def get_hasher(method: str) -> Callable[[], Any]:
@@ -191,13 +244,13 @@ def get_hasher(method: str) -> Callable[[], Any]:
 @cache
 def get_methods() -> frozenset[str]:
     """The names of all hash methods that work here."""
-    return frozenset(filter(_find_hasher, {"xxh128", "blake3"} | hashlib.algorithms_available))
+    return frozenset(filter(_find_hasher, {digests.METHOD, "blake3"} | hashlib.algorithms_available))
 
 
 @lru_cache(maxsize=256)
 def _find_hasher(method: str) -> Callable[[], Any] | None:
-    if method == "xxh128":
-        return xxhash.xxh3_128
+    if method == digests.METHOD:
+        return digests.new_hasher
     if method == "blake3":
         from blake3 import blake3
 

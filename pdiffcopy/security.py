@@ -13,12 +13,10 @@ import logging
 import os
 import ssl
 import stat
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from pdiffcopy.exceptions import FileError, UsageError
-
-if TYPE_CHECKING:
-    from pdiffcopy.client import Client
+from pdiffcopy.address import Address
+from pdiffcopy.exceptions import FileError, UsageError, printable
 
 TOKEN_VARIABLE = "PDIFFCOPY_TOKEN"
 CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"
@@ -108,9 +106,40 @@ def check_authority(filename: str) -> None:
         raise FileError.from_os_error(e, "use the certificate authority", filename) from e
 
 
-def warn_of_eavesdroppers(client: Client) -> None:
-    """Warn when the token is going to travel in clear text."""
-    for location in (client.source, client.target):
-        if client.network.token and location.hostname and location.scheme == "http":
-            if not is_loopback(location.hostname):
-                logger.warning("The token and the data for %s can be read on their way: use https", location.label)
+# What operators should know {{{1
+
+
+def warn_of_eavesdroppers(addresses: Iterable[Address], token: str) -> None:
+    """Warn a user whose token is going to travel in clear text."""
+    for address in addresses:
+        if token and not address.is_near and address.scheme == "http" and not is_loopback(address.hostname):
+            label = printable(str(address))
+            logger.warning("The token and the data for %s can be read on their way: use https", label)
+
+
+def warn_of_strangers(host: str, token: str, root: str, read_only: bool) -> None:
+    """Warn an operator whose server lets everybody in."""
+    if warning := describe_exposure(host, token, root, read_only):
+        logger.warning("%s", warning)
+
+
+def describe_exposure(host: str, token: str, root: str, read_only: bool) -> str:
+    """
+    Say what a server allows to strangers.
+
+    :param host: Where it listens (empty means all addresses).
+    :param token: What a client has to know (empty when there is no such thing).
+    :param root: The folder that names are resolved in (empty means all of the machine).
+    :returns: An empty string when nobody else can reach it, or when it asks for a token.
+    """
+    if token or is_loopback(host):
+        return ""
+    verb = "read" if read_only else "read and write"
+    where = f"below {root}" if root else "of this machine that this user can"
+    missing = {"--token-file": True, "--root": not root, "--read-only": not read_only}
+    options = [option for option, is_missing in missing.items() if is_missing]
+    last = f" and {options.pop()}" if len(options) > 1 else ""
+    return (
+        f"This server is open: whoever can reach it may {verb} all files {where}. "
+        f"Use {', '.join(options)}{last} to close it."
+    )

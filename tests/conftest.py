@@ -53,7 +53,7 @@ def launch_old(tmp_path_factory):
 @pytest.fixture(scope="session")
 def impatient(tmp_path_factory):
     """A server of one process that gives up on clients that stall soon."""
-    setup = f"from pdiffcopy import reception as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
+    setup = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
     server = start_server(tmp_path_factory.mktemp("impatient"), "-c", "1", setup=setup)
     yield server
     server.stop()

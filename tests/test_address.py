@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import assume, example, given
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pdiffcopy import DEFAULT_PORT
 from pdiffcopy.address import Address, join_host_port, parse_listen, parse_location
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.protocol import Parameters
 
 # What a command line can carry: all characters but NUL, and octets that aren't UTF-8 as lone surrogates.
 ARGUMENTS = st.text(st.one_of(st.characters(codec="utf-8"), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)))
@@ -99,8 +98,22 @@ def test_local_locations(expression):
         ("user@host:/x", "no user, write host:/path"),
         *(
             (text, "could be a local file or a remote one")
-            for text in ("db2:data/x", "db2:8080", "host::module/x", "user@host:x", "host:", "host:8080x/a", ":/a",
-                         "x:1.img", "::1/a", "[::1]/a", "a:b:/c", "host:-1/a", "\x1b[2J:x", "[::1]:x/a")
+            for text in (
+                "db2:data/x",
+                "db2:8080",
+                "host::module/x",
+                "user@host:x",
+                "host:",
+                "host:8080x/a",
+                ":/a",
+                "x:1.img",
+                "::1/a",
+                "[::1]/a",
+                "a:b:/c",
+                "host:-1/a",
+                "\x1b[2J:x",
+                "[::1]:x/a",
+            )
         ),
         ("http://host/a?b", "%3F"),
         ("http://host/a?", "%3F"),
@@ -159,25 +172,14 @@ def test_any_location_is_parsed_or_refused(expression):
 
 @given(ARGUMENTS.map("/".__add__), st.sampled_from(["host", "::1", "10.0.0.1"]), st.integers(1, 65535))
 def test_any_remote_name_survives_its_url(filename, hostname, port):
-    """The URL of a file is plain ASCII, and both its spelling and its query lead back to the same octets."""
+    """The URL of a file is plain ASCII, and its spelling leads back to the same bytes."""
     assume(filename.strip("/") and "\0" not in filename)
     for scheme in ("http", "https"):
         address = Address(filename, hostname, port, scheme)
         assert str(address).isascii()
         assert parse_location(str(address)) == address
-        url = urlsplit(address.url("blocks", offset=7))
-        assert (url.scheme, url.hostname, url.port, url.path) == (scheme, hostname, port, "/blocks")
-        params = Parameters(url.query.encode("ascii"))
-        assert (params.filename, params.integer("offset")) == (filename, 7)
-
-
-def test_queries_are_those_of_the_frozen_protocol():
-    """A request reads like one of version 1.0.1."""
-    url = Address("/a b", "host", 99).url("hashes", block_size=10, method="sha1", concurrency=2)
-    assert url.startswith("http://host:99/hashes?")
-    expected = {"filename": ["/a b"], "block_size": ["10"], "method": ["sha1"], "concurrency": ["2"]}
-    assert parse_qs(urlsplit(url).query, strict_parsing=True) == expected
-    assert quote("/a b") in str(Address("/a b", "host", 99))
+        url = urlsplit(address.base)
+        assert (url.scheme, url.hostname, url.port, url.path) == (scheme, hostname, port, "")
 
 
 # Where a server listens {{{1

@@ -25,14 +25,14 @@ from urllib.parse import quote
 import pytest
 import requests
 
-from pdiffcopy.client import Client
-from pdiffcopy.confinement import Root
+from pdiffcopy.address import parse_location
 from pdiffcopy.exceptions import FileError
-from pdiffcopy.localfile import LocalFile
-from pdiffcopy.locations import Network
-from pdiffcopy.operations import read_block, resize_file, write_block
-from pdiffcopy.security import warn_of_eavesdroppers
-from pdiffcopy.server import Settings, describe_exposure, start_server
+from pdiffcopy.files.confinement import Root
+from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.operations import read_block, write_block
+from pdiffcopy.replica import LocalReplica
+from pdiffcopy.security import describe_exposure, warn_of_eavesdroppers
+from pdiffcopy.server import Settings, start_server
 from tests.hostile import BEHAVIOURS, HostileProcess
 from tests.support import (
     children_of,
@@ -230,7 +230,7 @@ def test_swapped_links_leak_nothing_without_openat2_either(jail, walks):
                 try:
                     with LocalFile(name, write=True, namespace=root) as file:
                         assert file.info().size == 8
-                    resize_file("/swapped-folder/secret", 8, root)
+                    LocalReplica("/swapped-folder/secret", root).resize(8)
                     outcomes.add("opened")
                 except FileError:
                     outcomes.add("refused")
@@ -254,7 +254,7 @@ def token_file(tmp_path):
 
 def test_token_is_asked_for_before_anything_else(launch, token_file):
     """Without the token each request gets the same answer, whatever it's about."""
-    at_once = "from pdiffcopy import admission; admission.LONGEST_DELAY = 0"
+    at_once = "from pdiffcopy.server import admission; admission.LONGEST_DELAY = 0"
     server = launch("--token-file", str(token_file), setup=at_once)
     targets = [(method, f"{endpoint}{query}") for method, endpoint in ENDPOINTS for query in (
         "", "?filename=/etc/hostname", "?filename=relative", "?filename=%00", "?offset=-1&offset=2"
@@ -429,20 +429,20 @@ def test_half_a_configuration_does_not_start(authority, options):
 ])  # fmt: skip
 def test_open_server_is_warned_of(host, token, warned):
     """A server that strangers reach without a token says so, and names the options that close it."""
-    warning = describe_exposure(Settings(token=token), host)
+    warning = describe_exposure(host, token, "", False)
     assert bool(warning) == warned
     assert not warned or all(option in warning for option in ("--token-file", "--root", "--read-only"))
 
 
 @pytest.mark.parametrize("settings, advice", [
-    ({}, "Use --token-file, --root and --read-only to close it."),
-    ({"root": "/srv"}, "Use --token-file and --read-only to close it."),
-    ({"read_only": True}, "Use --token-file and --root to close it."),
-    ({"root": "/srv", "read_only": True}, "Use --token-file to close it."),
+    (("", False), "Use --token-file, --root and --read-only to close it."),
+    (("/srv", False), "Use --token-file and --read-only to close it."),
+    (("", True), "Use --token-file and --root to close it."),
+    (("/srv", True), "Use --token-file to close it."),
 ])  # fmt: skip
 def test_warning_names_what_is_missing(settings, advice):
     """Nobody is told to use an option that is in use."""
-    assert describe_exposure(Settings(**settings), "").endswith(advice)
+    assert describe_exposure("", "", *settings).endswith(advice)
 
 
 # Web pages {{{1
@@ -487,7 +487,7 @@ def test_host_may_be_allowed(launch, options, hosts, others):
 
 def test_name_that_was_listened_on_is_allowed(monkeypatch):
     """Whoever tells a server to listen on a name calls it by that name, too."""
-    from pdiffcopy import daemon
+    from pdiffcopy.server import daemon
 
     gates = []
 
@@ -514,7 +514,7 @@ def test_impossible_hosts_are_refused(value):
 
 def test_wrong_tokens_take_longer_and_longer(launch, token_file):
     """Who guesses waits, and is in the log; who knows the token is served at once, though it's the same address."""
-    slowly = "from pdiffcopy import admission; admission.FIRST_DELAY = 0.5"
+    slowly = "from pdiffcopy.server import admission; admission.FIRST_DELAY = 0.5"
     server = launch("--token-file", str(token_file), "-c", "1", setup=slowly)
     url = f"{server.origin}/info?filename=/x"
 
@@ -544,7 +544,7 @@ def test_wrong_tokens_take_longer_and_longer(launch, token_file):
 )
 def test_token_over_plain_http_is_warned_of(caplog, location, warned):
     """A token that others could read on its way to another machine is a warning; on this machine it's none."""
-    warn_of_eavesdroppers(Client(source=location, target="/nowhere/x", network=Network(token=TOKEN)))
+    warn_of_eavesdroppers([parse_location(location), parse_location("/nowhere/x")], TOKEN)
     assert ("use https" in caplog.text) == warned
     assert TOKEN not in caplog.text
 
@@ -644,7 +644,6 @@ def test_device_in_use_is_not_written_to_by_others_either(server, tmp_path):
 
 def test_free_device_is_written_to_by_many_at_once(server, device):
     """None of them takes the others for somebody who uses it."""
-
 
     def write(i: int) -> requests.Response:
         params = {"filename": device, "offset": 4096 * i}

@@ -20,6 +20,7 @@ import pytest
 import pdiffcopy.cli
 from pdiffcopy import DEFAULT_PORT, __version__
 from pdiffcopy.exceptions import DependencyError, UsageError
+from pdiffcopy.options import OPTIONS, SHORT
 from tests.support import (
     RUN_TIMEOUT,
     children_of,
@@ -68,9 +69,9 @@ def test_help_prints_the_usage(option):
     assert result.stdout.strip() == pdiffcopy.cli.__doc__.strip()
 
 
-def test_readme_shows_the_usage():
-    """What the README shows is what ``--help`` prints."""
-    lines = (HERE / "README.rst").read_text(encoding="utf-8").splitlines()
+def test_reference_shows_the_usage():
+    """What the command-line reference shows is what ``--help`` prints."""
+    lines = (HERE / "docs" / "cli.rst").read_text(encoding="utf-8").splitlines()
     block = lines[lines.index(".. usage-begin") + 1 : lines.index(".. usage-end")]
     literal = [line for line in block if not line or line.startswith(" ")]
     assert textwrap.dedent("\n".join(literal)).strip() == pdiffcopy.cli.__doc__.strip()
@@ -78,12 +79,12 @@ def test_readme_shows_the_usage():
 
 def test_usage_names_all_options():
     """An option that's understood is documented, and one that's documented is understood."""
-    understood = set(pdiffcopy.cli._OPTIONS) | {"--verbose", "--quiet", "--version", "--help"}
+    understood = set(OPTIONS) | {"--verbose", "--quiet", "--version", "--help"}
     listed = re.findall(r"^  (-.*)$", pdiffcopy.cli.__doc__, re.MULTILINE)
     documented = set(re.findall(r"--[a-z-]+", " ".join(listed)))
     assert documented == understood
     shorts = dict(re.findall(r"(-\w), (--[a-z-]+)", " ".join(listed)))
-    assert shorts == pdiffcopy.cli._SHORT
+    assert shorts == SHORT
 
 
 def test_version_is_printed():
@@ -232,7 +233,7 @@ def test_json_is_one_object(files, server):
 
 def test_names_mean_what_the_kernel_takes_them_for(files, tmp_path):
     """A name that leads through a link and back lies beside what the link leads to."""
-    source, target = files
+    source, _target = files
     for folder in ("here", "there", "there/deep"):
         (tmp_path / folder).mkdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "deep")
@@ -393,7 +394,7 @@ def test_progress_bar_on_a_terminal(files):
 
 def test_missing_source_is_one_line(files, server):
     """The line names the file."""
-    source, target = files
+    _source, target = files
     assert "/nothing" in assert_fails(run_pdiffcopy("/nothing", target), 1)
     line = assert_fails(run_pdiffcopy(server.location("/nothing"), target), 1)
     assert "/nothing" in line and str(server.port) in line
@@ -505,9 +506,7 @@ def test_hangup_is_ignored_under_nohup(tmp_path, server):
     assert (tmp_path / "target").read_bytes() == data
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"])
 def test_next_run_completes_an_interrupted_one(tmp_path, server, number):
     """Whatever the state of the target, the next run makes it equal to the source."""
     data = write_pattern(tmp_path / "source", 4_000_000)
@@ -586,11 +585,11 @@ def test_imports_stay_on_their_side():
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return set(result.stdout.split())
 
-    client = modules_after_importing("client", "benchmark", "progress")
-    assert not client & {"flask", "gunicorn", "werkzeug", "requests", "pdiffcopy.server", "pdiffcopy.daemon"}
-    server = modules_after_importing("server", "daemon", "confinement")
-    assert not server & {"requests", "pdiffcopy.client", "pdiffcopy.remote", "pdiffcopy.mp"}
-    everything = client | server | modules_after_importing("cli", "remote")
+    client = modules_after_importing("client", "client.benchmark", "client.progress")
+    assert not client & {"flask", "gunicorn", "werkzeug", "requests", "pdiffcopy.server"}
+    server = modules_after_importing("server", "server.daemon", "files.confinement")
+    assert not server & {"requests", "pdiffcopy.client", "pdiffcopy.mp", "pdiffcopy.processes"}
+    everything = client | server | modules_after_importing("cli", "client.http")
     assert not everything & {"pipes", "executor", "humanfriendly.testing"}
 
 
@@ -600,7 +599,9 @@ def test_imports_stay_on_their_side():
 def test_server_is_started_without_arguments(monkeypatch):
     """``pdiffcopy`` alone is a server on the default port of all addresses (so nothing is really started here)."""
     started = []
-    monkeypatch.setattr("pdiffcopy.daemon.Daemon.__init__", lambda self, app, address, *rest: started.append(address))
-    monkeypatch.setattr("pdiffcopy.daemon.Daemon.run", lambda self: started.append("run"))
+    monkeypatch.setattr(
+        "pdiffcopy.server.daemon.Daemon.__init__", lambda self, app, address, *rest: started.append(address)
+    )
+    monkeypatch.setattr("pdiffcopy.server.daemon.Daemon.run", lambda self: started.append("run"))
     pdiffcopy.cli._run([])
     assert started == [("", DEFAULT_PORT), "run"]

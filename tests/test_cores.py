@@ -82,8 +82,9 @@ HASHING = """
 import os
 os.cpu_count = lambda: 64
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from pdiffcopy import DEFAULT_CONCURRENCY, server
-print(DEFAULT_CONCURRENCY, server._get_executor(os.getpid())[1])
+from pdiffcopy import DEFAULT_CONCURRENCY
+from pdiffcopy.server import application
+print(DEFAULT_CONCURRENCY, application._HASHERS.threads)
 """
 
 

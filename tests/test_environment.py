@@ -150,8 +150,8 @@ def test_second_interrupt_leaves_no_process(source, tmp_path):
     """The children die with their parent, whatever they are doing."""
     os.mkfifo(tmp_path / "hold")
     code = f"""
-        import signal, time, pdiffcopy.cli, pdiffcopy.client, pdiffcopy.mp
-        pdiffcopy.client.transfer_batch = lambda *arguments: open({str(tmp_path / "hold")!r}, "w")
+        import signal, time, pdiffcopy.cli, pdiffcopy.client.run, pdiffcopy.mp
+        pdiffcopy.client.run.transfer_batch = lambda *arguments: open({str(tmp_path / "hold")!r}, "w")
         pdiffcopy.mp.WorkerPool.__exit__ = lambda *arguments: time.sleep(60)  # an end that hangs
         pdiffcopy.cli.main()
     """

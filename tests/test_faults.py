@@ -410,7 +410,7 @@ def test_killed_server_workers_are_replaced(launch, tmp_path, direction):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_killed_client_leaves_no_process_and_a_target_to_complete(server, tmp_path, direction):
-    """kill -9 of the client ends its children too, and the next run gives the right file."""
+    """Kill -9 of the client ends its children too, and the next run gives the right file."""
     pair = Pair(tmp_path, direction, server.port)
     with interrupted(pair, server.port) as process:
         children = children_of(process.pid)
@@ -424,7 +424,7 @@ def test_killed_client_leaves_no_process_and_a_target_to_complete(server, tmp_pa
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_killed_children_fail_the_run(server, tmp_path, direction, victim):
-    """kill -9 of the generator or a worker ends the run with one line, and the next run gives the right file."""
+    """Kill -9 of the generator or a worker ends the run with one line, and the next run gives the right file."""
     pair = Pair(tmp_path, direction, server.port)
     # While the hashes are held none of the children can be done.
     with RelayProcess(server.port, "response GET+/hashes middle hold") as relay:

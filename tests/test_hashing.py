@@ -15,8 +15,17 @@ import xxhash
 
 from pdiffcopy import hashing
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
-from pdiffcopy.hashing import LEAST_BLOCKS, Budget, compute_hashes, get_hasher, get_methods, hash_stripes, hash_worker
-from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
+from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.hashing import (
+    LEAST_BLOCKS,
+    Budget,
+    Hashers,
+    compute_hashes,
+    get_hasher,
+    get_methods,
+    hash_worker,
+)
 from tests.support import wait_for, write_pattern
 
 SMALL_STRIPE = 4096
@@ -120,8 +129,8 @@ def test_block_has_a_size(tmp_path, block_size):
 def test_hashing_can_begin_and_end_anywhere(tmp_path):
     """A stream that is resumed has the digests that the whole one has, and a shorter end is a shorter last block."""
     data = write_pattern(tmp_path / "file", 20000)
-    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(2) as executor:
-        stripes = list(hash_stripes(file, 5000, 15250, 500, "sha1", executor, 2))
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
+        stripes = list(hashers.hash(file, 5000, 15250, 500, "sha1", 2))
     assert len(stripes) > 1
     assert [tuple(digest) for stripe in stripes for digest in stripe] == hash_all(data[:15250], 500)[10:]
 
@@ -158,8 +167,9 @@ def test_reader_who_waits_stops_the_threads(tmp_path, monkeypatch):
             submitted.append(args)
             return super().submit(*args)
 
-    with LocalFile(str(tmp_path / "file")) as file, Recorder(2) as executor:
-        stripes = hash_stripes(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", executor, 2)
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
+        hashers.executor = Recorder(2)
+        stripes = hashers.hash(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", 2)
         for number, _ in enumerate(stripes, 1):
             assert len(submitted) <= number + 4
     # The first stripes are smaller than the others.
@@ -188,8 +198,9 @@ def test_what_nobody_will_read_is_not_begun(tmp_path, monkeypatch):
         may_end.set()
 
     monkeypatch.setattr(hashing, "_hash_stripe", hash_stripe)
-    with LocalFile(str(tmp_path / "file")) as file, Recorder(1) as executor:
-        stripes = hash_stripes(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", executor, 1)
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(1) as hashers:
+        hashers.executor = Recorder(1)
+        stripes = hashers.hash(file, 0, 100 * SMALL_STRIPE, 1024, "sha1", 1)
         next(stripes)
         assert is_busy.wait(20)
         thread = threading.Thread(target=end)
@@ -211,8 +222,9 @@ def test_slow_readers_share_a_budget(tmp_path):
             waiting.append(end - start)
             return super().submit(function, file, start, end, block_size, *rest)
 
-    with LocalFile(str(path)) as file, Recorder(2) as executor:
-        streams = [hash_stripes(file, 0, 20_000, 1, "xxh128", executor, 2, budget) for _ in range(40)]
+    with LocalFile(str(path)) as file, Hashers(2, budget) as hashers:
+        hashers.executor = Recorder(2)
+        streams = [hashers.hash(file, 0, 20_000, 1, "xxh128", 2) for _ in range(40)]
         firsts = [next(stream) for stream in streams]
         assert sum(waiting) <= 10_000 + len(streams) * LEAST_BLOCKS
         expected = list(compute_hashes(str(path), 1, "xxh128", 2))
@@ -228,8 +240,8 @@ def test_slow_readers_share_a_budget(tmp_path):
 def test_stripes_grow(tmp_path):
     """Somebody waits for the first ones, which are small; later ones cost less, up to a limit."""
     write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
-    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(2) as executor:
-        lengths = [len(stripe) for stripe in hash_stripes(file, 0, 100 * SMALL_STRIPE, 64, "sha1", executor, 2)]
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
+        lengths = [len(stripe) for stripe in hashers.hash(file, 0, 100 * SMALL_STRIPE, 64, "sha1", 2)]
     most = SMALL_STRIPE // 64
     assert lengths[0] == most // 16
     assert lengths[:-1] == sorted(lengths[:-1])
@@ -253,6 +265,6 @@ def test_file_that_becomes_shorter_is_an_error(tmp_path):
 def test_file_that_is_shorter_than_expected_is_an_error(tmp_path):
     """That's neither padding nor a hang."""
     (tmp_path / "file").write_bytes(bytes(1000))
-    with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(2) as executor:
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
         with pytest.raises(FileError, match="never was that long"):
-            list(hash_stripes(file, 0, 4096, 1024, "sha1", executor, 2))
+            list(hashers.hash(file, 0, 4096, 1024, "sha1", 2))

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from pdiffcopy.client import Client
+from pdiffcopy.client import Client, Location
 from pdiffcopy.exceptions import UsageError, VerificationError
-from pdiffcopy.localfile import LocalFile
-from pdiffcopy.locations import Location
+from pdiffcopy.files.localfile import LocalFile
 from tests import old_peer
 from tests.support import error_lines, make_data, run_pdiffcopy, snapshot, write_pattern
 
@@ -220,7 +219,7 @@ def test_old_client_is_not_hindered_by_a_claim(server, tmp_path):
     data = write_pattern(source, 7 * BLOCK + 123)
     _write_older_copy(target, data)
     with LocalFile(str(target), write=True) as file:
-        file.claim("dead")
+        file.claims.take("dead")
     old_peer.upload(server.port, str(source), str(target), BLOCK)
     assert target.read_bytes() == data
 

@@ -239,7 +239,7 @@ def test_promise_reports_death(function, reason):
 def test_promise_reports_death_in_the_middle_of_a_result():
     """A result that was cut off is none."""
     promise = Promise(target=return_megabytes)
-    wait_for(promise._receiver.poll, what="the beginning of the result")
+    wait_for(promise.receiver.poll, what="the beginning of the result")
     promise.kill()
     with pytest.raises(WorkerError, match="killed by signal 9"):
         promise.join()
@@ -664,12 +664,15 @@ from pdiffcopy.client import Client
 def copy(target):
     return Client(source=sys.argv[1], target=target, block_size=4096).run().result.bytes_moved
 """
-POOL = COPY + """
+POOL = (
+    COPY
+    + """
 import multiprocessing
 if __name__ == "__main__":
     with multiprocessing.get_context("METHOD").Pool(1) as pool:
         print(*pool.map(copy, sys.argv[2:]))
 """
+)
 PROGRAMS = {
     "a forked worker of a pool": POOL.replace("METHOD", "fork"),
     "a spawned worker of a pool": POOL.replace("METHOD", "spawn"),

@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, FileMissingError, FileNameError
-from pdiffcopy.localfile import CHUNK_SIZE, LocalFile
-from pdiffcopy.operations import (
-    get_file_info,
-    get_file_size,
-    read_block,
-    resize_file,
-    stat_file,
-    sync_file,
-    write_block,
-)
+from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.names import Namespace
+from pdiffcopy.operations import get_file_info, get_file_size, read_block, resize_file, write_block
+from pdiffcopy.replica import LocalReplica
 from tests.support import make_data, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")
@@ -41,12 +36,12 @@ def test_identity_tells_files_apart(tmp_path):
     """A file that replaces another one of the same name is another one; a changed file is the same one."""
     path = tmp_path / "file"
     path.write_bytes(b"one")
-    first = stat_file(str(path)).file_id
+    first = LocalReplica(str(path)).info()[0].file_id
     path.write_bytes(b"other")
-    assert stat_file(str(path)).file_id == first
+    assert LocalReplica(str(path)).info()[0].file_id == first
     (tmp_path / "new").write_bytes(b"one")
     os.replace(tmp_path / "new", path)
-    assert stat_file(str(path)).file_id != first
+    assert LocalReplica(str(path)).info()[0].file_id != first
 
 
 def test_info_of_a_missing_file(tmp_path):
@@ -56,7 +51,7 @@ def test_info_of_a_missing_file(tmp_path):
     for name in ["missing", "missing/file", "file/file", "dangling"]:
         assert get_file_info(str(tmp_path / name)) == {}
         assert get_file_size(str(tmp_path / name)) is None
-        assert not stat_file(str(tmp_path / name)).exists
+        assert not LocalReplica(str(tmp_path / name)).info()[0].exists
 
 
 @pytest.mark.parametrize("offset", [0, 37, 99, 100, 500])
@@ -127,23 +122,23 @@ def test_resize_follows_links_to_files_only(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_sync_file(tmp_path, monkeypatch):
+def test_sync(tmp_path, monkeypatch):
     """The file and the folder that has its name are flushed."""
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
     path = tmp_path / "file"
     path.touch()
-    sync_file(str(path))
+    LocalReplica(str(path)).sync()
     assert flushed == [str(path), str(tmp_path)]
     monkeypatch.chdir(tmp_path)
-    sync_file("file")
+    LocalReplica("file").sync()
     assert flushed[2:] == flushed[:2]
 
 
 def test_sync_of_a_missing_file(tmp_path):
     """There is nothing to flush."""
     with pytest.raises(FileMissingError):
-        sync_file(str(tmp_path / "file"))
+        LocalReplica(str(tmp_path / "file")).sync()
 
 
 # Errors {{{1
@@ -174,7 +169,7 @@ def no_file(request, tmp_path, monkeypatch):
         lambda name: read_block(name, 0, 10),
         lambda name: write_block(name, 0, b"x"),
         lambda name: resize_file(name, 10),
-        sync_file,
+        lambda name: LocalReplica(name).sync(),
     ],
     ids=["info", "size", "read", "write", "resize", "sync"],
 )
@@ -266,11 +261,11 @@ def test_read_only_disk_is_reported(small_disk):
 
 def test_block_devices_are_files_of_fixed_size(device):
     """A device can be read and written, and resized to nothing but what it already has room for."""
-    info = stat_file(device)
+    info = LocalReplica(device).info()[0]
     assert (info.size, info.resizable, info.mtime_ns) == (64 * 1024, False, 0)
     assert read_block(device, 1000, 99999) == make_data(64 * 1024)[1000:]
     write_block(device, 1000, b"here")
-    sync_file(device)
+    LocalReplica(device).sync()
     assert read_block(device, 999, 6)[1:5] == b"here"
     resize_file(device, 1024)
     assert get_file_size(device) == 64 * 1024
@@ -281,6 +276,6 @@ def test_block_devices_are_files_of_fixed_size(device):
 def test_block_devices_can_be_refused(device):
     """A server serves them only when it was told to."""
     with pytest.raises(FileForbiddenError, match="--devices"):
-        LocalFile(device, devices=False)
+        LocalFile(device, namespace=Namespace(devices=False))
     with pytest.raises(FileForbiddenError, match="--devices"):
-        resize_file(device, 10, devices=False)
+        LocalReplica(device, Namespace(devices=False)).resize(10)

@@ -187,7 +187,16 @@ def test_sdist_has_all_that_a_packager_needs(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert built[0].name == f"pdiffcopy-{pdiffcopy.__version__}.tar.gz"
-    for pattern in ("pdiffcopy/*.py", "tests/*.py", "docs/*.rst", "*.txt", "*.rst", "*.toml", "Makefile"):
+    for pattern in (
+        "pdiffcopy/**/*.py",
+        "pdiffcopy/py.typed",
+        "tests/**/*.py",
+        "docs/*.rst",
+        "*.txt",
+        "*.rst",
+        "*.toml",
+        "Makefile",
+    ):
         expected = {str(found.relative_to(HERE)) for found in HERE.glob(pattern)}
         assert expected and expected <= names
 
@@ -196,7 +205,7 @@ def test_wheel_has_the_package_and_nothing_else(built):
     """Neither tests nor benchmarks land in the site-packages of users."""
     with zipfile.ZipFile(built[1]) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == {str(found.relative_to(HERE)) for found in HERE.glob("pdiffcopy/*.py")}
+    assert names == {str(found.relative_to(HERE)) for found in HERE.glob("pdiffcopy/**/*.py")} | {"pdiffcopy/py.typed"}
 
 
 def test_wheel_states_its_requirements(built):

@@ -1,49 +1,179 @@
-"""The wire contract: parameters, hash lines, file information, problems."""
+"""The wire contract, the way there: requests as values, and how their words are spelled."""
 
 from __future__ import annotations
 
-import json
 import os
-from urllib.parse import urlencode
+from dataclasses import fields
+from urllib.parse import parse_qs, urlencode
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy.exceptions import ProtocolError, RequestError, TooLargeError
+from pdiffcopy.blocks import MAX_OFFSET, Extent
+from pdiffcopy.exceptions import DamagedError, LengthRequiredError, ProgramError, RequestError, TooLargeError
 from pdiffcopy.protocol import (
-    FEATURES,
-    MAX_BLOCK_SIZE,
-    MAX_EXTENTS,
-    MAX_LINE,
-    MAX_OFFSET,
-    BlockDigest,
-    Extent,
-    FileInfo,
-    Parameters,
-    PeerInfo,
-    check_digest,
-    check_extents,
-    decode_info,
-    decode_problem,
-    encode_info,
-    encode_problem,
-    format_extents,
-    format_hashes,
-    parse_hashes,
+    DIGEST_HEADER,
+    REQUEST_HEADER,
+    REQUESTS,
+    ClaimRequest,
+    HashesRequest,
+    InfoRequest,
+    ReadRequest,
+    ResizeRequest,
+    WriteRequest,
 )
+from pdiffcopy.replica import Replica
+from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_EXTENTS, Integer, check_digest, check_query, parse_query, peek
 
-# Parameters {{{1
+FILE = {"filename": "/a"}
 
 
-def make_parameters(**values):
-    return Parameters(urlencode(values).encode("ascii"))
+def decode(kind, headers=(), **words):
+    """What a server makes of a request."""
+    return kind.decode(urlencode({**FILE, **words}).encode("ascii"), dict(headers))
+
+
+# Requests {{{1
+
+EXTENTS = st.builds(Extent, st.integers(0, MAX_OFFSET - MAX_BLOCK_SIZE), st.integers(1, MAX_BLOCK_SIZE // MAX_EXTENTS))
+WORDS = {
+    "filename": st.text(min_size=1).filter(lambda name: "\0" not in name).map(lambda name: "/" + name),
+    "file_id": st.sampled_from(["", "fe00:1234@0b-1", "!~"]),
+    "run": st.sampled_from(["dead", "0" * 64]),
+    "method": st.text(),
+    "size": st.integers(0, MAX_BLOCK_SIZE),
+    "offset": st.just(0) | st.integers(1, 100).map(lambda count: count * 4096),
+    "extents": st.lists(EXTENTS, max_size=MAX_EXTENTS).map(tuple),
+    "block_size": st.just(4096),
+    "concurrency": st.integers(1, 1024),
+    "mode": st.integers(0, 0o777),
+    "digest": st.just("0123456789abcdef" * 2),
+    **dict.fromkeys(["checks", "flush", "data", "create"], st.booleans()),
+}
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+@given(data=st.data())
+def test_requests_survive(kind, data):
+    """What one side encodes is what the other one decodes, whatever the values are, and it isn't taken for damaged."""
+    values = {item.name: data.draw(WORDS[item.name], item.name) for item in fields(kind)}
+    if kind is ReadRequest:
+        values["digest"] = data.draw(st.booleans())
+    request = kind(**values)
+    query, headers = request.encode(nonce="abc")
+    assert query.isascii()
+    assert kind.decode(query.encode("ascii"), headers) == request
+    check_query(query.encode("ascii"), headers[REQUEST_HEADER])
+    with pytest.raises(DamagedError):
+        check_query(query.replace("abc", "abd").encode("ascii"), headers[REQUEST_HEADER])
+
+
+def test_each_request_is_a_method_of_a_replica():
+    """The routes and the replica have the same table, and no route is there twice."""
+    assert {kind.action for kind in REQUESTS} == Replica.__abstractmethods__ - {"digest"}
+    assert len({(kind.verb, kind.endpoint) for kind in REQUESTS}) == len(REQUESTS)
+    assert {kind.action for kind in REQUESTS if kind.writes} == {"write", "resize", "claim", "release", "sync"}
+    assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS)
+
+
+def test_requests_are_those_of_the_frozen_protocol():
+    """Where a server of version 1.0.1 can do what is asked for, it gets what it knows and nothing else."""
+    for request, expected in (
+        (InfoRequest(filename="/a b"), {}),
+        (
+            HashesRequest(filename="/a b", block_size=10, method="sha1", concurrency=2),
+            {"block_size": ["10"], "method": ["sha1"], "concurrency": ["2"]},
+        ),
+        (ReadRequest.of([Extent(5, 10)], filename="/a b"), {"offset": ["5"], "size": ["10"]}),
+        (WriteRequest.of([Extent(5, 10)], filename="/a b"), {"offset": ["5"]}),
+        (ResizeRequest(filename="/a b", size=0), {"size": ["0"]}),
+    ):
+        query, headers = request.encode()
+        assert parse_qs(query, strict_parsing=True) == {"filename": ["/a b"], **expected}
+        assert set(headers) == {REQUEST_HEADER}
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+@given(query=st.binary())
+def test_any_query_is_decoded_or_refused(kind, query):
+    """Nothing but an error for the client comes of nonsense."""
+    try:
+        kind.decode(query, {DIGEST_HEADER: query.decode("latin-1")})
+    except ProgramError as e:
+        assert isinstance(e, (RequestError, TooLargeError)) and str(e).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "complaint"),
+    [
+        (HashesRequest, {}, "method is missing"),
+        (HashesRequest, {"method": "sha1", "offset": 5, "block_size": 10}, "multiple of the block size"),
+        (ReadRequest, {}, "size is missing"),
+        (ReadRequest, {"size": 5}, "offset is missing"),
+        (ReadRequest, {"offset": 5}, "size is missing"),
+        (WriteRequest, {}, "offset is missing"),
+        (ResizeRequest, {}, "size is missing"),
+        (ClaimRequest, {}, "run is missing"),
+        (ClaimRequest, {"run": ""}, "hexadecimal"),
+        (ClaimRequest, {"run": "DEAD"}, "hexadecimal"),
+        (InfoRequest, {"run": "x"}, "hexadecimal"),
+        (InfoRequest, {"file_id": ""}, "identity of a file"),
+        (InfoRequest, {"file_id": "a b"}, "identity of a file"),
+    ],
+)
+def test_incomplete_requests(kind, words, complaint):
+    """What is missing or makes no sense is named."""
+    with pytest.raises(RequestError, match=complaint):
+        decode(kind, **words)
+
+
+def test_what_is_optional_has_a_default():
+    """And what is unknown is ignored."""
+    request = decode(HashesRequest, method="md5", nonce="x", whatever="1")
+    assert request == HashesRequest(filename="/a", method="md5", block_size=1048576, concurrency=1)
+    assert decode(ReadRequest, offset=1, size=2).data is True
+    assert decode(ClaimRequest, run="ab").mode == 0o666
+
+
+def test_extents_stand_for_offset_and_size():
+    """One of the two says what is meant."""
+    assert decode(ReadRequest, offset=5, size=7).get_extents() == (Extent(5, 7),)
+    assert decode(ReadRequest, extents="1:2,5:1", offset=7, size=9).get_extents() == (Extent(1, 2), Extent(5, 1))
+
+
+def test_bodies_fit_their_extents():
+    """They have a length, and it is that of the extents."""
+    assert decode(WriteRequest, offset=5).get_extents(7) == (Extent(5, 7),)
+    request = decode(WriteRequest, extents="1:2,5:1")
+    assert request.get_extents(3) == (Extent(1, 2), Extent(5, 1))
+    for length, error in ((None, LengthRequiredError), (2, RequestError), (4, RequestError)):
+        with pytest.raises(error):
+            request.get_extents(length)
+    for offset, length in ((0, MAX_BLOCK_SIZE + 1), (MAX_OFFSET, 1)):
+        with pytest.raises(TooLargeError):
+            decode(WriteRequest, offset=offset).get_extents(length)
+
+
+def test_digest_of_a_body_is_in_a_header():
+    """It isn't part of the URL, and an empty header is none."""
+    request = decode(WriteRequest, {DIGEST_HEADER: "ab" * 16}, offset=1)
+    assert request.digest == "ab" * 16
+    assert decode(WriteRequest, {DIGEST_HEADER: ""}, offset=1).digest == ""
+    query, headers = request.encode()
+    assert headers[DIGEST_HEADER] == "ab" * 16 and "digest" not in query
+    with pytest.raises(RequestError, match="32 hexadecimal digits"):
+        decode(WriteRequest, {DIGEST_HEADER: "ab"}, offset=1)
+
+
+# Words {{{1
 
 
 @pytest.mark.parametrize("name", ["/a", "/a b?&#=+%\n", "/é", "/\udcff\udc80", "/" + "x" * 5000, "//a/../b"])
 def test_filename_survives(name):
     """All names that Linux allows arrive as they are."""
-    assert make_parameters(filename=os.fsencode(name)).filename == name
+    query, headers = InfoRequest(filename=name).encode()
+    assert InfoRequest.decode(query.encode("ascii"), headers).filename == name
 
 
 @pytest.mark.parametrize(
@@ -62,7 +192,7 @@ def test_filename_survives(name):
 def test_impossible_filenames(query, complaint):
     """A name is absolute and has no NUL byte."""
     with pytest.raises(RequestError, match=complaint):
-        Parameters(query).filename  # noqa: B018
+        InfoRequest.decode(query, {})
 
 
 @pytest.mark.parametrize(
@@ -77,25 +207,19 @@ def test_impossible_filenames(query, complaint):
 def test_malformed_queries(query, complaint):
     """A parameter comes once, escaped, and there aren't many of them."""
     with pytest.raises(RequestError, match=complaint):
-        Parameters(query)
+        parse_query(query)
 
 
-@given(st.binary())
-def test_any_query_is_parsed_or_refused(query):
-    """Nothing but a request error comes of nonsense."""
-    try:
-        params = Parameters(query)
-        params.filename, params.integer("offset"), params.extents()  # noqa: B018
-    except RequestError as e:
-        assert str(e).isprintable()
-    except TooLargeError as e:
-        assert str(e).isprintable()
+def test_log_learns_of_malformed_requests_too():
+    """Of two names the first one counts, and nothing is an error."""
+    assert peek("filename=/a&filename=/b&run=x%20y") == ("/a", "x y")
+    assert peek("") == peek("&".join(f"a{i}=1" for i in range(1000))) == (None, "")
 
 
 @pytest.mark.parametrize("text, expected", [("0", 0), ("7", 7), (str(MAX_OFFSET), MAX_OFFSET)])
 def test_integers(text, expected):
     """Plain decimal numbers from 0 to the largest offset that there is."""
-    assert make_parameters(n=text).integer("n") == expected
+    assert decode(ResizeRequest, size=text).size == expected
 
 
 @pytest.mark.parametrize(
@@ -105,39 +229,19 @@ def test_integers(text, expected):
 )  # fmt: skip
 def test_impossible_integers(text):
     """Whatever else int() would take isn't a number here."""
-    with pytest.raises(RequestError, match="parameter n must be an integer"):
-        make_parameters(n=os.fsencode(text)).integer("n")
+    with pytest.raises(RequestError, match="parameter size must be an integer"):
+        decode(ResizeRequest, size=os.fsencode(text))
 
 
 def test_integers_have_bounds():
-    """Too small is malformed, too large is too large; a default applies only when the parameter isn't there."""
-    params = make_parameters(n="10", empty="")
-    assert params.integer("n", 10, 10) == 10
-    assert params.integer("missing", 1, 2, default=77) == 77
+    """Too small is malformed, too large is too large."""
+    assert Integer(10, 10).read("n", "10") == 10
     with pytest.raises(RequestError, match="at least 11"):
-        params.integer("n", minimum=11)
+        Integer(11).read("n", "10")
     with pytest.raises(TooLargeError, match="limit is 9"):
-        params.integer("n", maximum=9)
+        Integer(0, 9).read("n", "10")
     with pytest.raises(TooLargeError):
-        make_parameters(n=str(MAX_OFFSET + 1)).integer("n")
-    with pytest.raises(RequestError, match="parameter missing is missing"):
-        params.integer("missing")
-    with pytest.raises(RequestError, match="integer"):
-        params.integer("empty", default=1)
-
-
-EXTENTS = st.builds(Extent, st.integers(0, MAX_OFFSET - MAX_BLOCK_SIZE), st.integers(1, MAX_BLOCK_SIZE // MAX_EXTENTS))
-
-
-@given(st.lists(EXTENTS, min_size=1, max_size=MAX_EXTENTS))
-def test_extents_survive(extents):
-    """What one side spells is what the other one reads, also when there are as many as allowed."""
-    assert make_parameters(extents=format_extents(extents)).extents() == extents
-
-
-def test_extents_are_optional():
-    """A request without extents has none."""
-    assert make_parameters(offset=1).extents() == []
+        decode(ResizeRequest, size=MAX_OFFSET + 1)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +251,7 @@ def test_extents_are_optional():
 def test_impossible_extents(text):
     """Anything but pairs of numbers is refused."""
     with pytest.raises(RequestError, match="isn't an extent"):
-        make_parameters(extents=text).extents()
+        decode(ReadRequest, extents=text)
 
 
 @pytest.mark.parametrize(
@@ -164,211 +268,19 @@ def test_impossible_extents(text):
 def test_extents_have_bounds(text):
     """A request is neither larger than allowed nor beyond what a file can be."""
     with pytest.raises(TooLargeError):
-        make_parameters(extents=text).extents()
+        decode(ReadRequest, extents=text)
 
 
-def test_extents_at_the_bounds():
+@pytest.mark.parametrize("text", [f"0:{MAX_BLOCK_SIZE}", f"{MAX_OFFSET - 1}:1"])
+def test_extents_at_the_bounds(text):
     """The limits themselves are allowed."""
-    check_extents([Extent(0, MAX_BLOCK_SIZE)])
-    check_extents([Extent(MAX_OFFSET - 1, 1)])
-
-
-# Hash lines {{{1
-
-
-DIGESTS = st.builds(BlockDigest, st.integers(0, 10**19 - 1), st.text("0123456789abcdef", min_size=2, max_size=512))
-
-
-def cut(data, positions):
-    positions = [0, *sorted(positions), len(data)]
-    return [data[i:j] for i, j in zip(positions, positions[1:], strict=False)]
-
-
-@given(st.lists(DIGESTS, max_size=8), st.lists(st.integers(0, 400), max_size=20))
-def test_hash_lines_survive_any_cut(digests, positions):
-    """What one side spells is what the other one reads, however the network cuts it."""
-    assert list(parse_hashes(cut(format_hashes(digests), positions))) == digests
-
-
-def test_hash_lines_are_frozen():
-    """The format is that of version 1.0.1."""
-    assert format_hashes([BlockDigest(0, "aa"), BlockDigest(1048576, "0f")]) == b"0\taa\n1048576\t0f\n"
-    assert list(parse_hashes([b"0\taa\r\n"])) == [(0, "aa")]
-
-
-def test_hash_lines_come_as_soon_as_they_can():
-    """A line is passed on before the next chunk is asked for."""
-
-    def chunks():
-        yield b"0\taa\n1"
-        raise AssertionError("too eager")
-
-    assert next(parse_hashes(chunks())) == (0, "aa")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\n", b"x\n", b"0\n", b"0 aa\n", b"0\taa bb\n", b"0\taa\t1\n", b"-1\taa\n", b"01\taa\n", b"0\tAA\n",
-        b"0\tgg\n", b"0\ta\n", b"0\t\n", b"\taa\n", b"0\taa\n\n", b"0\taa", b"0\taa\n10", b"<html>\n",
-        b"\xff\n", b"0\taa\0\n",
-        b"1" * 20 + b"\taa\n", b"0\t" + b"a" * 513 + b"\n",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("size", [1, 1000])
-def test_impossible_hash_lines(data, size):
-    """Anything but complete lines of an offset and a digest is refused."""
-    with pytest.raises(ProtocolError) as info:
-        list(parse_hashes(cut(data, range(size, len(data), size))))
-    assert str(info.value).isprintable()
-
-
-def test_endless_hash_line_is_not_followed():
-    """A line that doesn't end can't fill the memory."""
-
-    def chunks():
-        for _ in range(MAX_LINE // 100 + 1):
-            yield b"a" * 100
-        raise AssertionError("too patient")
-
-    with pytest.raises(ProtocolError, match=f"more than {MAX_LINE} bytes"):
-        list(parse_hashes(chunks()))
-
-
-@given(st.lists(st.binary(max_size=40)))
-def test_any_hash_stream_is_parsed_or_refused(chunks):
-    """Nothing but a protocol error comes of nonsense."""
-    try:
-        digests = list(parse_hashes(chunks))
-    except ProtocolError:
-        return
-    assert format_hashes(digests) == b"".join(chunks).replace(b"\r", b"")
+    assert decode(ReadRequest, extents=text).extents
 
 
 def test_digests_are_checked():
-    """The digest that goes with octets has 32 hexadecimal digits, in small letters."""
+    """The digest that goes with bytes has 32 hexadecimal digits, in small letters."""
     assert check_digest("0123456789abcdef" * 2) == "0123456789abcdef" * 2
     for digest in ["", "0" * 31, "0" * 33, "0" * 31 + "g", "A" * 32, "0" * 31 + " ", "0" * 32 + "\n", "é", "a" * 5000]:
         with pytest.raises(RequestError, match="32 hexadecimal digits") as info:
             check_digest(digest)
         assert len(str(info.value)) < 200
-
-
-# File information {{{1
-
-INFO = FileInfo(True, 123, 456, 789, "1:2", False, 0o640, 20)
-
-
-def test_info_survives():
-    """What the server knows is what the client gets to know."""
-    text = json.dumps(encode_info(INFO, ["sha1", "md5"], writable=False))
-    info, peer = decode_info(text, exists=True)
-    assert info == INFO
-    assert (peer.features, peer.methods, peer.writable) == (FEATURES, {"sha1", "md5"}, False)
-    assert peer.version.startswith("2.")
-
-
-def test_info_of_a_missing_file_survives():
-    """The answer for a missing file still tells what the server can do."""
-    document = encode_info(FileInfo(False), ["sha1"])
-    assert set(document) == {"server"}
-    info, peer = decode_info(json.dumps(document), exists=False)
-    assert info == FileInfo(False)
-    assert (peer.features, peer.methods, peer.writable) == (FEATURES, {"sha1"}, True)
-
-
-def test_info_of_an_old_server():
-    """Version 1.0.1 tells the size and nothing else: it has no features."""
-    assert decode_info(b'{"size": 5}', exists=True) == (FileInfo(True, 5), PeerInfo())
-    for text in [b"", b"Not Found", b"<html>", b"[]", b"null", b'{"server": 7}', b"{}"]:
-        assert decode_info(text, exists=False) == (FileInfo(False), PeerInfo())
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"", b"OK", b"[]", b"null", b'"size"', b"{}", b"\xff", b'{"size": null}', b'{"size": -1}', b'{"size": 1.0}',
-        b'{"size": true}', b'{"size": "5"}', b'{"size": 1e3}', b'{"size": 9223372036854775808}', b'{"size": NaN}',
-        b'{"size": 5, "mtime_ns": "x"}', b'{"size": 5, "mtime_ns": 9223372036854775808}', b'{"size": 5, "server": []}',
-        b'{"size": 5, "server": null}', b'{"size": ' + b"9" * 5000 + b"}", b"[" * 100000, b'{"a":' * 100000,
-    ],
-    ids=lambda text: text[:40],
-)  # fmt: skip
-def test_impossible_info(text):
-    """An answer that makes no sense isn't believed."""
-    with pytest.raises(ProtocolError) as info:
-        decode_info(text, exists=True)
-    assert str(info.value).isprintable() and len(str(info.value)) < 300
-
-
-@pytest.mark.parametrize("depth", range(100, 1100, 50))
-def test_deep_info_is_no_crash(depth):
-    """Nesting is either understood or refused, at any depth."""
-    deep = "[" * depth + "]" * depth
-    for text in [f'{{"size": 1, "file_id": {deep}}}', f'{{"size": 1, "server": {{"version": {deep}}}}}']:
-        try:
-            assert decode_info(text, exists=True)[0].size == 1
-        except ProtocolError:
-            pass
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
-    max_leaves=6,
-)
-SERVERS = st.fixed_dictionaries(
-    {}, optional={"version": VALUES, "features": VALUES, "methods": VALUES, "writable": VALUES}
-)
-DOCUMENTS = VALUES | st.fixed_dictionaries(
-    {"size": st.integers(0, 9) | VALUES},
-    optional={"mtime_ns": VALUES, "file_id": VALUES, "resizable": VALUES, "server": SERVERS | VALUES},
-)
-
-
-@given(DOCUMENTS, st.booleans())
-def test_any_document_is_understood_or_refused(document, exists):
-    """Whatever a server sends: the result has the right types and ranges, or it's a protocol error."""
-    try:
-        info, peer = decode_info(json.dumps(document), exists)
-    except ProtocolError:
-        assert exists
-        return
-    assert info.exists == exists
-    assert type(info.size) is int and 0 <= info.size <= MAX_OFFSET
-    assert type(info.mtime_ns) is int and type(info.resizable) is bool and type(peer.writable) is bool
-    assert type(info.file_id) is str and len(info.file_id) <= 80
-    assert type(peer.version) is str and len(peer.version) <= 40
-    assert peer.features <= FEATURES
-    assert all(type(method) is str for method in peer.methods)
-
-
-# Problems {{{1
-
-
-def test_problem_survives():
-    """What the server says is what the client shows."""
-    text = encode_problem(404, "Not Found", "There's no é here", {"extra": 1}).encode("ascii")
-    assert json.loads(text) == {
-        "type": "about:blank", "title": "Not Found", "status": 404, "detail": "There's no é here", "extra": 1,
-    }  # fmt: skip
-    assert decode_problem(text) == "There's no é here"
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"<html>", b"[]", b"{}", b'{"detail": 7}', b'{"detail": null}', b"7", b"\xff", b"[" * 100000]
-)
-def test_foreign_problem_says_nothing(text):
-    """What isn't ours has no detail."""
-    assert decode_problem(text) == ""
-
-
-def test_endless_problem_is_cut():
-    """A server can't fill the screen."""
-    assert decode_problem(encode_problem(500, "", "x" * 5000).encode()) == "x" * 400
-
-
-@given(st.binary() | DOCUMENTS.map(json.dumps).map(str.encode))
-def test_any_problem_is_understood(text):
-    """Whatever a server sends, a short text comes of it."""
-    assert len(decode_problem(text)) <= 400

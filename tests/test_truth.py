@@ -20,10 +20,13 @@ from pathlib import Path
 
 import pytest
 
-from pdiffcopy import kernel
 from pdiffcopy.client import Client
+from pdiffcopy.client import run as client_run
 from pdiffcopy.exceptions import FileError, ReplacedError, SourceChangedError, TakenOverError
-from pdiffcopy.localfile import LONG_TICK, RUN_ATTRIBUTE, SHORT_TICK, LocalFile, get_settling_time
+from pdiffcopy.files import kernel
+from pdiffcopy.files.claims import RUN_ATTRIBUTE
+from pdiffcopy.files.identity import LONG_TICK, SHORT_TICK, get_settling_time
+from pdiffcopy.files.localfile import LocalFile
 from tests.relay import RelayProcess
 from tests.support import (
     RUN_TIMEOUT,
@@ -125,22 +128,23 @@ def test_source_whose_name_leads_elsewhere_for_a_while_has_changed(server, tmp_p
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_local_source_whose_name_leads_elsewhere_has_changed(tmp_path, whole):
+def test_local_source_whose_name_leads_elsewhere_has_changed(tmp_path, monkeypatch, whole):
     """From local to local, too: in the generator process and in the workers."""
     source, target = make_pair(tmp_path)
     write_pattern(tmp_path / "other", SIZE, seed=5)
     link = tmp_path / "link"
     link.symlink_to(source)
 
-    class Flipping(Client):
-        def _prepare(self):
-            prepared = super()._prepare()
-            stack.enter_context(elsewhere(link, tmp_path / "other"))
-            return prepared
+    original = client_run.Run._look
 
+    def look(self, writes):
+        original(self, writes)
+        stack.enter_context(elsewhere(link, tmp_path / "other"))
+
+    monkeypatch.setattr(client_run.Run, "_look", look)
     before = target.read_bytes()
     with ExitStack() as stack, pytest.raises(SourceChangedError, match="its identity"):
-        Flipping(source=str(link), target=str(target), block_size=BLOCK, delta_transfer=not whole).run()
+        Client(source=str(link), target=str(target), block_size=BLOCK, delta_transfer=not whole).run()
     assert target.read_bytes() == before
 
 
@@ -402,12 +406,12 @@ def test_claim_that_came_and_went_is_noticed(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x")
     with LocalFile(str(path), write=True) as file:
-        assert file.claim("aa")
-        file.check_claim("aa")
-        assert file.claim("bb")
-        file.release("bb")
+        assert file.claims.take("aa")
+        file.claims.check("aa")
+        assert file.claims.take("bb")
+        file.claims.release("bb")
         with pytest.raises(TakenOverError):
-            file.check_claim("aa")
+            file.claims.check("aa")
 
 
 def test_claim_that_has_no_room_is_an_error(tmp_path):
@@ -486,7 +490,7 @@ def test_cache_is_dropped_at_once_after_a_failed_flush(tmp_path):
         file.write([(0, 8 * 2**20)], [make_data(8 * 2**20)])
         assert kernel.count_cached_pages(file.fd, 8 * 2**20) > 0
         with pytest.raises(FileError, match="flush"):
-            file.sync()
+            file.claims.flush()
         assert kernel.count_cached_pages(file.fd, 8 * 2**20) == 0
 
 
@@ -501,13 +505,13 @@ def test_mark_of_a_flush_that_was_killed_is_kept_until_the_cache_is_dropped(tmp_
         with mmap.mmap(file.fd, SIZE) as view:
             assert view[0] == path.read_bytes()[0]  # what is mapped can't be dropped
             with pytest.raises(FileError, match="mapped"):
-                file.claim("bb")
+                file.claims.take("bb")
             assert os.getxattr(path, RUN_ATTRIBUTE) == b"bb unflushed"
-            file.check_claim("bb")
-        assert file.claim("cc")
+            file.claims.check("bb")
+        assert file.claims.take("cc")
         assert kernel.count_cached_pages(file.fd, SIZE) == 0
         assert os.getxattr(path, RUN_ATTRIBUTE) == b"cc"
-        file.sync("cc")
+        file.claims.flush("cc")
         assert os.getxattr(path, RUN_ATTRIBUTE) == b"cc"
 
 

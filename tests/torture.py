@@ -53,10 +53,8 @@ def kill_and_rerun(pair: Pair, seed: int, kills: int = 2) -> None:
     chance = random.Random(seed)
     for _ in range(kills):
         process = pair.start()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(chance.uniform(0, LONGEST_RUN))
-        except subprocess.TimeoutExpired:
-            pass
         children = children_of(process.pid)
         process.kill()
         _, stderr = process.communicate()

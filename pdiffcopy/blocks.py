@@ -1,0 +1,121 @@
+"""
+What are the parts of a file, and what is known about it?
+
+Values that every other module uses: no I/O, and nothing about how they are written on the wire. All offsets and sizes
+are in bytes. The offset of a block is a multiple of the block size; only the last block of a file may be shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+__all__ = [
+    "MAX_MODE",
+    "MAX_OFFSET",
+    "Block",
+    "BlockDigest",
+    "Extent",
+    "FileInfo",
+    "block_length",
+    "count_blocks",
+    "halve",
+    "total_size",
+]
+
+MAX_OFFSET = 2**63 - 1
+"""The largest offset that Linux knows (``off_t``)."""
+MAX_MODE = 0o777
+"""The permission bits of a file, without those that change the identity of a process (set-id)."""
+
+
+class BlockDigest(NamedTuple):
+    """The digest of one block: its offset and the hexadecimal digest of its bytes."""
+
+    offset: int
+    digest: str
+
+
+class Extent(NamedTuple):
+    """A run of neighboring bytes."""
+
+    offset: int
+    size: int
+
+
+class Block(NamedTuple):
+    """A block of the source that was compared."""
+
+    offset: int
+    size: int
+    changed: bool
+    digest: str
+    """The digest of the block in the source (empty when it wasn't computed)."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What is known about a file (a 1.0.1 server tells the size and nothing else)."""
+
+    exists: bool
+    size: int = 0
+    mtime_ns: int = 0
+    """The time of the last modification in nanoseconds since 1970 (0 when it isn't known)."""
+    ctime_ns: int = 0
+    """The same for the last change of the inode, which nobody can set back (0 when it isn't known)."""
+    file_id: str = ""
+    """What no other file has, on any machine, until this one starts anew (empty when it isn't known)."""
+    resizable: bool = True
+    """False for a block device: its size is what it is."""
+    mode: int = 0o666
+    """Who may read, write and execute the file (the permission bits; 0666 when they aren't known)."""
+    settles_ms: int = field(default=0, compare=False)
+    """For how long another change may bear the same time as the last one, in milliseconds."""
+
+    @property
+    def tells_time(self) -> bool:
+        """Whether a change of the contents shows here (it doesn't for a device, nor with a 1.0.1 server)."""
+        return bool(self.ctime_ns)
+
+    def describe_change(self, later: FileInfo) -> str:
+        """Name what has changed since: ``identity``, ``size`` or ``time`` (empty when nothing has)."""
+        if (self.exists, self.file_id, self.resizable) != (later.exists, later.file_id, later.resizable):
+            return "identity"
+        if self.size != later.size:
+            return "size"
+        return "time" if self != later else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All members but :attr:`exists` (none at all when there is no file)."""
+        return {name: value for name, value in vars(self).items() if name != "exists"} if self.exists else {}
+
+
+def block_length(offset: int, size: int, block_size: int) -> int:
+    """Compute the length of the block at an offset, in a file of the given size."""
+    return max(0, min(block_size, size - offset))
+
+
+def count_blocks(size: int, block_size: int) -> int:
+    """Count the blocks of a file of the given size."""
+    return -(-size // block_size)
+
+
+def total_size(extents: Sequence[Extent]) -> int:
+    """Add up the sizes of some extents."""
+    return sum(extent.size for extent in extents)
+
+
+def halve(extents: Sequence[Extent]) -> tuple[tuple[Extent, ...], tuple[Extent, ...]]:
+    """
+    Cut extents into two parts of equal size (the second one may have one byte more).
+
+    :param extents: One extent or several, two bytes at least.
+    """
+    room = total_size(extents) // 2
+    for index, (offset, size) in enumerate(extents):  # noqa: B007
+        if size >= room:
+            break
+        room -= size
+    rest = (Extent(offset + room, size - room),) if size > room else ()
+    return (*extents[:index], Extent(offset, room)), (*rest, *extents[index + 1 :])

@@ -1,0 +1,218 @@
+"""How does a Python program copy files?"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from property_manager import PropertyManager, mutable_property, set_property
+
+from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY
+from pdiffcopy.blocks import block_length
+from pdiffcopy.client.location import Location
+from pdiffcopy.client.network import Network
+from pdiffcopy.client.report import Report
+from pdiffcopy.client.run import Options, Run
+from pdiffcopy.client.servers import Servers
+from pdiffcopy.exceptions import UsageError
+
+if TYPE_CHECKING:
+    from pdiffcopy.client.benchmark import Measurement
+
+logger = logging.getLogger(__name__)
+
+
+class Client(PropertyManager):
+    """
+    Python API for the client side of the pdiffcopy program.
+
+    For example ``Client(source="/data/table.ibd", target="db2:8080/data/table.ibd").synchronize()``.
+    """
+
+    @mutable_property
+    def benchmark(self) -> int:
+        """How many times the benchmark should be run (an integer, defaults to 0)."""
+        return 0
+
+    @mutable_property
+    def block_size(self) -> int:
+        """The block size used by the client (in bytes, defaults to :data:`.BLOCK_SIZE`)."""
+        return BLOCK_SIZE
+
+    @mutable_property
+    def concurrency(self) -> int:
+        """The number of parallel processes that the client is allowed to start."""
+        return DEFAULT_CONCURRENCY
+
+    @mutable_property
+    def delta_transfer(self) -> bool:
+        """Whether delta transfer is enabled (a boolean, defaults to :data:`True`)."""
+        return True
+
+    @mutable_property
+    def dry_run(self) -> bool:
+        """:data:`True` if the client isn't allowed to make changes (a boolean, defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
+    def fsync(self) -> bool:
+        """Whether the target is flushed to its disk before success is reported (defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
+    def hash_method(self) -> str:
+        """The block hash method (a string, defaults to 'sha1')."""
+        return "sha1"
+
+    @mutable_property
+    def network(self) -> Network:
+        """How to talk to servers (a :class:`.Network` object). The source and the target have the same."""
+        return Network()
+
+    @network.setter
+    def network(self, value: Network) -> None:
+        """Pass it on to the locations, unless they have one of their own."""
+        before = self.network
+        set_property(self, "network", value)
+        for location in (self.source, self.target):
+            if location and location.network == before:
+                location.network = value
+
+    @mutable_property
+    def verify(self) -> bool:
+        """Whether to check what was transferred as it lies in the target (defaults to :data:`True`)."""
+        return True
+
+    @mutable_property
+    def source(self) -> Any:
+        """The :class:`.Location` from which data is read (the text of one may be assigned)."""
+
+    @source.setter
+    def source(self, value: Location | str) -> None:
+        """Accept a location or the text of one."""
+        set_property(self, "source", self._adopt(value))
+
+    @mutable_property
+    def target(self) -> Any:
+        """The :class:`.Location` to which data is written (the text of one may be assigned)."""
+
+    @target.setter
+    def target(self, value: Location | str) -> None:
+        """Accept a location or the text of one."""
+        set_property(self, "target", self._adopt(value))
+
+    def synchronize(self) -> None:
+        """Synchronize from source to target (possibly more than once, see :attr:`benchmark`)."""
+        if self.benchmark > 0:
+            self.run_benchmark()
+        else:
+            self.synchronize_once()
+
+    def synchronize_once(self) -> int:
+        """
+        Synchronize from source to target.
+
+        :returns: The number of blocks that differed (an integer).
+        """
+        return self.run().result.blocks_changed
+
+    def run(self) -> Report:
+        """
+        Synchronize from source to target, and tell what was done.
+
+        :raises: :exc:`.SourceChangedError` when the source isn't what it was at the start,
+                 :exc:`.VerificationError` when something keeps arriving wrong, other kinds of :exc:`.ProgramError`.
+        """
+        with self._running() as run:
+            report = run.synchronize()
+        logger.log(logging.WARNING if report.reservations else logging.INFO, "%s", report)
+        return report
+
+    def find_changes(self) -> list[int]:
+        """
+        Helper for :func:`synchronize()` to compute the similarity index.
+
+        :returns: A list of integers with the offsets of the blocks that differ. Nothing is written.
+        """
+        with self._running() as run:
+            return run.compare()
+
+    def compute_transfer_size(self, offsets: Iterable[int]) -> int:
+        """
+        Figure out how much data we're going to transfer.
+
+        :param offsets: A list of integers with the offsets of the blocks to be synchronized.
+        :returns: The amount of data to be transferred in bytes (an integer): the last block may be a short one.
+        """
+        size = self.source.file_size
+        return sum(block_length(offset, size, self.block_size) for offset in offsets)
+
+    def transfer_changes(self, offsets: Iterable[int]) -> None:
+        """
+        Helper for :func:`synchronize()` to transfer the differences (none of them in a dry run).
+
+        :param offsets: A list of integers with the byte offsets of the blocks to copy from source to target.
+        """
+        with self._running(list(offsets)) as run:
+            run.synchronize()
+
+    @contextmanager
+    def _running(self, offsets: list[int] | None = None) -> Iterator[Run]:
+        if not (self.source and self.target):
+            raise UsageError("A client needs a source and a target")
+        options = Options(
+            block_size=self.block_size,
+            concurrency=self.concurrency,
+            delta_transfer=self.delta_transfer,
+            dry_run=self.dry_run,
+            fsync=self.fsync,
+            hash_method=self.hash_method,
+            verify=self.verify,
+        )
+        with Servers(self.network) as servers:
+            yield Run(self.source.address, self.target.address, options, servers, offsets)
+
+    def _adopt(self, value: Location | str) -> Location:
+        location = value if isinstance(value, Location) else Location(expression=os.fspath(value))
+        if location.network == Network():
+            location.network = self.network
+        return location
+
+    def mutate_target(self, percentage: float) -> None:
+        """Invalidate a percentage of the data in the target file."""
+        from pdiffcopy.client.benchmark import mutate_target
+
+        mutate_target(self.target.replica, self.block_size, percentage)
+
+    def run_benchmark(self) -> list[Measurement]:
+        """
+        Benchmark the effectiveness of the delta transfer implementation.
+
+        :returns: What was measured: a list of :class:`.Measurement` objects.
+        """
+        from pdiffcopy.client.benchmark import run_benchmark
+
+        return run_benchmark(self.source, self.target, self.block_size, self.benchmark, self.run)
+
+
+def get_hashes_fn(location: Location, **options: Any) -> dict[int, str]:
+    """
+    Adapter for multiprocessing: get all hashes of a location at once.
+
+    :param options: See :meth:`.Location.get_hashes`.
+    :returns: A dictionary of offsets and hashes.
+    """
+    return dict(location.get_hashes(**options))
+
+
+def transfer_block_fn(offset: int, source: Location, target: Location, block_size: int) -> int:
+    """
+    Adapter for multiprocessing: transfer one block.
+
+    :returns: The offset, so that a caller knows which block is done.
+    """
+    target.write_block(offset, source.read_block(offset, block_size))
+    return offset

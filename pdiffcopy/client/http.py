@@ -1,0 +1,286 @@
+"""
+How are requests and answers exchanged with a server over HTTP?
+
+This is the edge where requests (the library) ends: whatever it raises leaves here as a :exc:`.ProgramError`, and no
+answer is passed on that belongs to another request.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from http.client import HTTPResponse
+from typing import Any, NoReturn
+
+import requests
+import urllib3
+
+from pdiffcopy.address import Address
+from pdiffcopy.answers import PeerInfo, decode_problem, sign_answer
+from pdiffcopy.client.connections import open_session
+from pdiffcopy.client.network import Network
+from pdiffcopy.client.remote import make_foreign_error
+from pdiffcopy.client.retry import Patience
+from pdiffcopy.digests import compute_digest
+from pdiffcopy.exceptions import (
+    ProgramError,
+    ProtocolError,
+    RemoteError,
+    ReportedError,
+    TransientError,
+    get_error_class,
+)
+from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.splice import Chunk, Piped, receive
+from pdiffcopy.files.stored import Stored
+from pdiffcopy.protocol import ANSWER_HEADER, DIGEST_HEADER, FEATURE_ANSWER, REQUEST_HEADER, Request
+from pdiffcopy.replica import Reading
+from pdiffcopy.words import check_digest
+
+_NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+"""What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
+_NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"])
+"""What OpenSSL calls an answer that isn't TLS."""
+FIRST_RETRIES, FIRST_TIMEOUT = 2, 10.0
+"""How often a server that has never answered is asked again, and how long a connection to it may take, in seconds."""
+_KNOWN_STATUS = frozenset(HTTPStatus)
+_MAX_DOCUMENT = 1024 * 1024
+"""The longest JSON document that is read from a server, in bytes."""
+
+
+class HttpServer:
+    """A server that is reached over HTTP, encrypted or not (a :class:`.Server`)."""
+
+    def __init__(self, address: Address, network: Network):
+        """
+        Initialize a server (it isn't contacted yet).
+
+        :param address: The address of any file behind it.
+        :param network: How to talk to it.
+        """
+        self.address = address._replace(filename="")
+        self.network = network
+        self.peer: PeerInfo | None = None
+        self._sessions: dict[int, requests.Session] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens connections of its own."""
+        return {**vars(self), "_sessions": {}}
+
+    @property
+    def session(self) -> requests.Session:
+        """The connections of this process: one that is forked opens its own."""
+        pid = os.getpid()
+        if pid not in self._sessions:
+            self._sessions[pid] = open_session(self.address.hostname, self.network.token, self.network.ca_file)
+        return self._sessions[pid]
+
+    def close(self) -> None:
+        """See :meth:`.Server.close`."""
+        if session := self._sessions.pop(os.getpid(), None):
+            session.close()
+
+    def get_address(self, filename: str) -> Address:
+        """See :meth:`.Server.get_address`."""
+        return self.address._replace(filename=filename)
+
+    def get_patience(self) -> Patience:
+        """See :meth:`.Server.get_patience`."""
+        # A server that has never answered is more likely to be somewhere else than to be restarted right now.
+        return Patience(self.network.retries if self.peer else min(self.network.retries, FIRST_RETRIES))
+
+    @property
+    def _connect_timeout(self) -> float:
+        return self.network.timeout if self.peer else min(FIRST_TIMEOUT, self.network.timeout)
+
+    def find_remedy(self, filename: str) -> ProgramError | None:
+        """See :meth:`.Server.find_remedy`."""
+        if self.peer or self.address.scheme != "http" or not self._speaks_tls():
+            return None
+        address = self.get_address(filename)
+        secure = str(address._replace(scheme="https"))
+        return RemoteError("{url}: the server speaks https, use {secure}", url=address, secure=secure, status=0)
+
+    def _speaks_tls(self) -> bool:
+        """Whether somebody answers the beginning of a TLS connection (whose certificate doesn't matter here)."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        place, timeout = (self.address.hostname, self.address.port), min(FIRST_TIMEOUT, self.network.timeout)
+        with suppress(OSError), socket.create_connection(place, timeout) as connection:
+            with context.wrap_socket(connection):
+                return True
+        return False
+
+    @contextmanager
+    def exchange(
+        self, request: Request, reading: Reading | None = None, expect: Sequence[int] = (200,)
+    ) -> Iterator[HttpAnswer]:
+        """See :meth:`.Server.exchange`."""
+        url = str(self.get_address(request.filename))
+        # No cache has an answer to a word that no other request has.
+        query, headers = request.encode(nonce=os.urandom(8).hex())
+        body: Any = reading and _Body(reading)
+        try:
+            with self.session.request(
+                request.verb, f"{self.address.base}/{request.endpoint}?{query}", data=body,
+                headers=headers, stream=True, allow_redirects=False,
+                timeout=(self._connect_timeout, self.network.timeout),
+            ) as response:  # fmt: skip
+                answer = HttpAnswer(url, response, self.network.timeout)
+                is_ours = self._check(answer, headers[REQUEST_HEADER])
+                if answer.status not in expect or (answer.status >= 400 and not is_ours):
+                    _fail(url, request, answer.status, decode_problem(answer.read_document()), is_ours)
+                yield answer
+        except ReportedError as e:
+            _fail(url, request, e.status, str(e))
+        except ProgramError:
+            raise
+        except _NETWORK_ERRORS as e:
+            raise self._translate(e, url, request.endpoint) from e
+
+    def _check(self, answer: HttpAnswer, tag: str) -> bool:
+        """
+        Find out whether an answer belongs to a request, before anything of it is believed.
+
+        A proxy may have kept it from an earlier request, or have sent an earlier one twice: then all that follows on
+        that connection are answers to other requests. It is closed then, since its answer isn't read.
+
+        :returns: Whether the answer says so: that of an old server doesn't, nor does an error that a proxy reports.
+        """
+        stated = answer.get_header(ANSWER_HEADER)
+        answer.is_signed = stated == sign_answer(tag, answer.status, answer.get_header(DIGEST_HEADER))
+        has_to_sign = self.peer is not None and FEATURE_ANSWER in self.peer.features
+        if not answer.is_signed and (stated or (has_to_sign and answer.status < 400)):
+            raise make_foreign_error(answer.url)
+        return answer.is_signed or not has_to_sign
+
+    def _translate(self, error: Exception, url: str, action: str) -> ProgramError:
+        """Make one line of what requests, urllib3 and the operating system raise."""
+        causes = list(_causes(error))
+        reason = next((cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), "")
+        kind: type[ProgramError] = TransientError
+        if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+            kind, reason = RemoteError, f"{reason or causes[-1]} (--ca-file names an authority to trust)"
+        elif self.address.scheme == "https" and any(getattr(c, "reason", "") in _NO_TLS for c in causes):
+            kind, reason = RemoteError, f"the server doesn't speak https, use http{url.removeprefix('https')}"
+        elif names := [cause for cause in causes if isinstance(cause, socket.gaierror)]:
+            kind = TransientError if names[0].errno == socket.EAI_AGAIN else RemoteError
+        elif isinstance(error, requests.ConnectTimeout):
+            reason = f"no connection within {self._connect_timeout:g} seconds"
+        elif any(isinstance(cause, (TimeoutError, requests.Timeout)) for cause in causes):
+            reason = f"no sign of life for {self.network.timeout:g} seconds"
+        elif isinstance(error, requests.exceptions.InvalidURL):
+            kind = RemoteError
+        text = "{url}: can't exchange {action} with the server: {reason}"
+        return kind(text, url=url, action=action, reason=reason or str(causes[-1]), status=0)
+
+
+class HttpAnswer:
+    """A response to a request (an :class:`.Answer`)."""
+
+    def __init__(self, url: str, response: requests.Response, timeout: float):
+        """
+        Look at the head of a response.
+
+        :param url: The file that it is about.
+        :param timeout: How long its body may show no sign of life, in seconds.
+        :raises: :exc:`.TransientError` when the head is damaged, so that it may not tell where the body ends.
+        """
+        self.url = url
+        self.status = response.status_code
+        self.is_signed = False
+        self._response = response
+        self._timeout = timeout
+        ends = {"content-length", "transfer-encoding"} & {name.lower() for name in response.headers}
+        if not ends and response.raw.version == 11 and response.headers.get("Connection", "").lower() != "close":
+            raise self._make_damage_error()
+
+    def _make_damage_error(self) -> TransientError:
+        return TransientError("{url}: the server's answer is damaged", url=self.url, status=0)
+
+    def get_header(self, name: str) -> str:
+        """Return the value of a header (empty if there is none)."""
+        return str(self._response.headers.get(name, ""))
+
+    def get_digest(self) -> str:
+        """See :meth:`.Answer.get_digest`."""
+        return check_digest(self.get_header(DIGEST_HEADER))
+
+    def read_document(self) -> bytes:
+        """See :meth:`.Answer.read_document`."""
+        document, raw = b"", self._response.raw
+        # A read that comes up short says nothing: only the one after it raises an error when the body isn't complete.
+        while len(document) <= _MAX_DOCUMENT and (chunk := raw.read(_MAX_DOCUMENT + 1 - len(document))):
+            document += chunk
+        if len(document) > _MAX_DOCUMENT:
+            raise ProtocolError("The server sent a document of more than {limit} bytes", limit=_MAX_DOCUMENT)
+        digest = self.get_header(DIGEST_HEADER)
+        if digest and digest != compute_digest(document):
+            raise self._make_damage_error()
+        return document
+
+    def read_lines(self) -> Iterator[bytes]:
+        """See :meth:`.Answer.read_lines`."""
+        # Not response.iter_content(), which reads the size of a chunk without a limit to its length.
+        while chunk := self._response.raw.read1(CHUNK_SIZE):
+            yield chunk
+
+    def read_exactly(self, size: int) -> Iterator[Chunk]:
+        """See :meth:`.Answer.read_exactly`."""
+        length, raw = self.get_header("Content-Length"), self._response.raw
+        if length != str(size):
+            text = "{url}: the server sent {length} bytes of data instead of {size}"
+            raise ProtocolError(text, url=self.url, length=length[:40] or "an unknown number of", size=size)
+        original = getattr(raw, "_original_response", None)
+        if isinstance(original, HTTPResponse) and original.fp and not self._response.url.startswith("https:"):
+            yield from self._splice(original, size)
+            original.close()
+            raw.release_conn()
+            return
+        while chunk := raw.read(CHUNK_SIZE):
+            yield chunk
+
+    def _splice(self, original: HTTPResponse, size: int) -> Iterator[Chunk]:
+        """Take what was read together with the header, then receive the rest without touching it."""
+        ahead = original.fp.peek(1)[:size]
+        yield original.fp.read(len(ahead))
+        yield from receive(original.fp.fileno(), size - len(ahead), self._timeout)
+
+
+class _Body:
+    """A request body of known length that is read while it is sent (requests asks for the length first)."""
+
+    def __init__(self, reading: Reading):
+        self.reading = reading
+
+    def __len__(self) -> int:
+        return self.reading.size
+
+    def __iter__(self) -> Iterator[bytes | memoryview | Stored]:
+        chunks: Iterable[Chunk] = self.reading.chunks
+        if isinstance(chunks, Stored):
+            # The connection knows how to send that as a whole (and http.client takes an iterable where it's encrypted).
+            return iter([chunks])
+        return (bytes(chunk) if isinstance(chunk, Piped) else chunk for chunk in chunks)
+
+
+def _fail(url: str, request: Request, status: int, detail: str, is_ours: bool = True) -> NoReturn:
+    """Raise the most specific error for a status."""
+    if not detail:
+        detail = HTTPStatus(status).phrase if status in _KNOWN_STATUS else f"HTTP status {status}"
+    action = f"{request.verb} {request.endpoint}"
+    text = "{url}: the server refused {action}: {detail}"
+    raise get_error_class(status, is_ours)(text, url=url, action=action, detail=detail, status=status)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what it was raised because of, the root cause last."""
+    while error is not None:
+        yield error
+        reason = getattr(error, "reason", None)
+        nested = [arg for arg in (reason, *error.args) if isinstance(arg, BaseException)]
+        error = nested[0] if nested else error.__cause__ or error.__context__

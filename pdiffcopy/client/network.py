@@ -1,0 +1,21 @@
+"""How are servers talked to, as far as users decide that?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdiffcopy import DEFAULT_RETRIES, DEFAULT_TIMEOUT
+
+
+@dataclass(frozen=True)
+class Network:
+    """Patience and credentials."""
+
+    timeout: float = DEFAULT_TIMEOUT
+    """How long to wait for a sign of life, in seconds."""
+    retries: int = DEFAULT_RETRIES
+    """How often in a row a request may fail before the run does."""
+    token: str = field(default="", repr=False)
+    """The shared secret that the servers ask for (empty for none)."""
+    ca_file: str = ""
+    """The certificate authority to trust for https (empty for those that requests trusts)."""

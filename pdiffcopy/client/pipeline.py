@@ -1,0 +1,233 @@
+r"""
+How does a run move what differs?
+
+The goal: read each byte as few times as possible, keep all cores, disks and the network busy at the same time, and
+never report success for bytes that aren't there.
+
+::
+
+    generator process                             worker processes                       client process
+    -----------------                             ----------------                       --------------
+    1. digests of the source, as they come \
+                                             3. batches --> 4. read the extents
+    2. digests of the target, as they come /        of the source, write them to
+                                                       the target, compare digests --> 5. results: count, report
+
+All of it happens at the same time. The queues between the steps are bounded, so whatever is slowest slows the others
+down, and memory doesn't grow with the file. A changed block is still in the page cache when step 4 reads it again.
+
+What may not be assumed: batches finish in any order, and after a failure any part of the target may be old or new.
+What may: a batch is written completely or its failure ends the run, and doing it twice does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+
+from pdiffcopy.blocks import Block, block_length, halve
+from pdiffcopy.client.delta import Batch, compare, make_batches
+from pdiffcopy.client.plan import Plan, Result, Verification
+from pdiffcopy.client.progress import Reporter, Tally
+from pdiffcopy.client.retry import Patience
+from pdiffcopy.client.servers import Replicas
+from pdiffcopy.digests import compute_digest, digest_blockwise
+from pdiffcopy.exceptions import DigestMismatchError, SourceChangedError, TransientError, VerificationError
+from pdiffcopy.files.stored import counted
+from pdiffcopy.hashing import get_hasher
+from pdiffcopy.replica import Reading, Replica
+
+SMALLEST_BATCH = 1024 * 1024
+"""How many bytes are transferred as a whole, however often that fails."""
+ASK_AFTER = 2
+"""After how many failures in a row the source is asked whether it can read what it sends."""
+VERIFY_ATTEMPTS = 3
+"""How often that is done before a difference is believed to be there to stay."""
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(plan: Plan, replicas: Replicas) -> Replica:
+    """Get the source, as the file that it was at the first look."""
+    return replicas.open(plan.source).pinned(plan.source_id, is_source=True)
+
+
+def open_target(plan: Plan, replicas: Replicas) -> Replica:
+    """Get the target, as the file that was claimed."""
+    return replicas.open(plan.target).pinned(plan.target_id)
+
+
+# Comparing {{{1
+
+
+def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
+    """Compare source and target: a generator of all blocks of the source."""
+    if not plan.needs_hashes:
+        for offset in range(0, plan.size, plan.block_size):
+            yield Block(offset, block_length(offset, plan.size, plan.block_size), True, "")
+        return
+    replica = open_target(plan, replicas)
+    source = _digests(plan, open_source(plan, replicas), 0, plan.size)
+    target = _digests(plan, replica, 0, plan.target_size if plan.delta else 0)
+    with closing(source), closing(target):
+        # The threads that hash a target nearby begin now, and not when the server of the source has answered.
+        first = list(islice(target, int(replica.is_near)))
+        yield from compare(source, chain(first, target), plan.size, plan.block_size)
+
+
+def _digests(plan: Plan, replica: Replica, start: int, stop: int) -> Generator[str, None, None]:
+    if start < stop:  # there may be no file yet
+        for stripe in replica.hashes(plan.block_size, plan.method, plan.concurrency, start, stop):
+            for _, digest in stripe:
+                yield digest
+
+
+def generate_batches(plan: Plan, replicas: Replicas, is_awaited: Callable[[], bool]) -> Iterator[Batch]:
+    """
+    Find out what there is to transfer (this is what the generator process does).
+
+    :param is_awaited: Whether workers have nothing to do, see :func:`.make_batches`.
+    """
+    keep_digests = plan.verification is Verification.BY_HASHES
+    return make_batches(find_blocks(plan, replicas), plan.max_extents, keep_digests, is_awaited)
+
+
+# Moving {{{1
+
+
+def transfer_batch(plan: Plan, batch: Batch, replicas: Replicas, retries: int, reporter: Reporter) -> Result:
+    """
+    Bring the extents of a batch into line (this is what a worker process does).
+
+    :param retries: How often something may fail in a row.
+    :param reporter: Is told of the bytes as they pass.
+    :raises: :exc:`.VerificationError` when the target keeps differing from what the source sends.
+    """
+    transfer = _Transfer(plan, batch, replicas, Patience(retries), Tally(batch.size, batch.bytes_compared, reporter))
+    mismatches = transfer.run() if batch.extents else 0
+    transfer.tally.finish()
+    return replace(
+        Result.of_comparison(batch),
+        bytes_moved=batch.size,
+        bytes_verified=batch.size if plan.verification is not Verification.NONE else 0,
+        retries=transfer.patience.total + mismatches,
+    )
+
+
+class _Transfer:
+    """
+    A batch on its way.
+
+    What fails is repeated in halves, each with attempts of its own, so that something gets done where no connection
+    lasts for long, and where one byte in many arrives wrong.
+    """
+
+    def __init__(self, plan: Plan, batch: Batch, replicas: Replicas, patience: Patience, tally: Tally):
+        self.plan, self.batch, self.patience, self.tally = plan, batch, patience, tally
+        self.replicas = replicas
+        self.source, self.target = open_source(plan, replicas), open_target(plan, replicas)
+        self.verification = plan.verification
+        self.mismatches = 0
+
+    def run(self) -> int:
+        """Transfer the batch, and tell how many times a difference was found afterwards."""
+        while not self._attempt():
+            # The digests that were compared don't tell of halves: from now on the source reads what it sends.
+            if self.verification is Verification.BLOCKWISE:
+                self.verification = Verification.STATED
+            if self.batch.size > SMALLEST_BATCH and self.verification is not Verification.BY_HASHES:
+                return self.mismatches + sum(half.run() for half in self._halve())
+        return self.mismatches
+
+    def _halve(self) -> Iterator[_Transfer]:
+        for extents in halve(self.batch.extents):
+            half = _Transfer(self.plan, Batch(extents), self.replicas, self.patience, self.tally)
+            half.verification = self.verification
+            yield half
+
+    def _attempt(self) -> bool:
+        """Move the bytes once, and tell whether they have arrived."""
+        stated = ""
+        try:
+            states_digest = self.verification is Verification.STATED
+            with self.source.read(self.batch.extents, states_digest) as reading:
+                stated = reading.digest
+                self._write(replace(reading, chunks=counted(reading.chunks, self.tally.count)))
+            self.patience.succeeded()
+            return True
+        except TransientError as e:
+            self.patience.failed(e)
+            if self.patience.failures == ASK_AFTER and self.plan.source_id and not states_digest:
+                # A server that can't read its disk can only end the connection when it has begun to answer.
+                with suppress(TransientError):
+                    self.source.digest(self.batch.extents)
+        except DigestMismatchError as e:
+            self._count_mismatch(e, stated)
+        return False
+
+    def _write(self, reading: Reading) -> None:
+        logger.debug("Transferring %i bytes in %i extents ..", self.batch.size, len(self.batch.extents))
+        if self.verification is Verification.BY_HASHES:
+            reading = check_hashes(self.plan, self.batch, reading)
+        elif self.verification is Verification.BLOCKWISE:
+            reading = replace(reading, digest=self.batch.digest, block_size=self.plan.block_size)
+        self.target.write(self.batch.extents, reading, self.plan.run)
+
+    def _count_mismatch(self, error: DigestMismatchError, stated: str) -> None:
+        """
+        Find out whose fault it is that the bytes arrived wrong, and give up after a few times.
+
+        :param stated: The digest that the source stated with them (empty when the digests of the blocks were compared).
+        """
+        self.mismatches += 1
+        is_last = self.mismatches == VERIFY_ATTEMPTS
+        if self.verification is not Verification.BY_HASHES or is_last:  # an old server would hash all of the file
+            self.patience.persist(partial(self._check_source, stated))
+        if is_last:
+            text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
+            offset = self.batch.extents[0].offset
+            raise VerificationError(text, target=self.target.label, offset=offset, attempts=self.mismatches) from error
+        logger.warning("%s (trying again)", error)
+
+    def _check_source(self, stated: str) -> None:
+        """
+        Let the source state once more what it stated of a batch that didn't arrive like that.
+
+        :raises: :exc:`.SourceChangedError` when it states something else now.
+        """
+        if stated:
+            is_same = self.source.digest(self.batch.extents) == stated
+        else:
+            is_same = self.batch.digest == digest_blockwise(self._digest_again())
+        if not is_same:
+            raise SourceChangedError.of(self.source.label, "contents")
+
+    def _digest_again(self) -> Iterator[str]:
+        """Yield the digests of the blocks of the batch, as the source has them now."""
+        start, stop = self.batch.extents[0].offset, sum(self.batch.extents[-1])
+        remaining = list(reversed(self.batch.extents))
+        with closing(_digests(self.plan, self.source, start, stop)) as digests:
+            for offset, digest in zip(range(start, stop, self.plan.block_size), digests, strict=False):
+                if offset >= sum(remaining[-1]):
+                    remaining.pop()
+                if offset >= remaining[-1].offset:
+                    yield digest
+
+
+def check_hashes(plan: Plan, batch: Batch, reading: Reading) -> Reading:
+    """Compare what an old server sent with its block hashes, and state a digest in its place."""
+    data = memoryview(b"".join(bytes(chunk) for chunk in reading.chunks))
+    position = 0
+    for offset, digest in batch.digests:
+        block = data[position : position + block_length(offset, plan.size, plan.block_size)]
+        hasher = get_hasher(plan.method)()
+        hasher.update(block)
+        if hasher.hexdigest() != digest:
+            text = "{source}: the block at offset {offset} isn't what its digest says"
+            raise DigestMismatchError(text, source=str(plan.source), offset=offset)
+        position += len(block)
+    return Reading([data], compute_digest(data))

@@ -1,0 +1,75 @@
+"""What does a run do, and what has become of it?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from pdiffcopy.address import Address
+from pdiffcopy.client.delta import Batch
+from pdiffcopy.words import MAX_EXTENTS
+
+
+class Verification(Enum):
+    """How what was moved is compared with what lies in the target."""
+
+    NONE = "none"
+    STATED = "stated"
+    """The source reads what it sends once more, and states a digest."""
+    BLOCKWISE = "blockwise"
+    """By the digests that were compared, since they are what the source would state."""
+    BY_HASHES = "by hashes"
+    """By the hashes of the blocks, since the source is too old to state digests."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does (child processes get a copy). It is made once, when the target has been claimed."""
+
+    source: Address
+    target: Address
+    size: int
+    """The size of the source in bytes."""
+    target_size: int
+    """How much of the target there is to compare, in bytes."""
+    block_size: int
+    method: str
+    """The hash method, see :func:`.find_method`."""
+    concurrency: int
+    delta: bool
+    """Whether the target is compared (otherwise all of the source is copied)."""
+    verification: Verification
+    max_extents: int = MAX_EXTENTS
+    run: str = ""
+    """The name under which the target is claimed (empty when it can't be)."""
+    source_id: str = ""
+    """Which file the source has to be (see :class:`.FileInfo`, empty when its server can't tell)."""
+    target_id: str = ""
+    """Which file the target has to be."""
+
+    @property
+    def needs_hashes(self) -> bool:
+        """Whether the source has to be hashed block by block."""
+        return self.delta or self.verification is Verification.BY_HASHES
+
+
+@dataclass(frozen=True)
+class Result:
+    """What has become of a batch, or of several."""
+
+    blocks_compared: int = 0
+    blocks_changed: int = 0
+    bytes_compared: int = 0
+    bytes_moved: int = 0
+    bytes_verified: int = 0
+    retries: int = 0
+
+    @classmethod
+    def of_comparison(cls, batch: Batch) -> Result:
+        """Make the result of not transferring a batch."""
+        return cls(batch.blocks_compared, batch.blocks_changed, batch.bytes_compared)
+
+    def __add__(self, other: Result) -> Result:
+        """Add up all numbers."""
+        mine, theirs = vars(self), vars(other)
+        return Result(**{name: mine[name] + theirs[name] for name in mine})

@@ -1,0 +1,141 @@
+"""
+How does a user see that a run makes progress?
+
+The core tells a :class:`Reporter` what was done and never draws anything. The plain reporter is silent;
+:class:`Bar` draws, and only on a terminal.
+
+A bar counts in shared memory, since the bytes pass through child processes, and a thread of the client draws it once
+a second, whether anything has passed or not. The counters only grow, and only under their locks; whoever reads them
+may see the one before the other. The thread begins after the processes, which can't be forked from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+from pdiffcopy.processes import make_counter
+
+INTERVAL = 1.0
+"""How often a bar is drawn, in seconds."""
+
+_LAYOUT = "{percentage:3.0f}%|{bar}|{remaining}, {rate_fmt}{postfix}"
+"""With a bar of one character, an hour to go and the longest numbers that's 38 characters wide."""
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Is told about progress (and ignores it). A context manager, so that whatever it drew is finished."""
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """Nothing to clean up."""
+
+    def advance(self, compared: int, moved: int) -> None:
+        """Take note of bytes that were compared and of bytes that were moved since the last call, in any process."""
+
+
+class Tally:
+    """
+    Tells a reporter of the bytes of a batch as they pass.
+
+    While some of them move, the same part of what was compared counts as done. What has to be repeated is done when it
+    passes for the first time.
+    """
+
+    def __init__(self, size: int, compared: int, reporter: Reporter):
+        """
+        Begin to count.
+
+        :param size: How many bytes are going to be moved.
+        :param compared: How many were compared to find them.
+        :param reporter: Is told of them.
+        """
+        self.size = size
+        self.bytes_compared = compared
+        self.reporter = reporter
+        self.passed = self.told = 0
+
+    def count(self, size: int) -> None:
+        """Take note of bytes that have passed."""
+        self.passed = min(self.passed + size, self.size)
+        self._tell(self.bytes_compared * self.passed // self.size, size)
+
+    def finish(self) -> None:
+        """Take note that all is done, whether it had to be moved or not."""
+        self._tell(self.bytes_compared, 0)
+
+    def _tell(self, compared: int, moved: int) -> None:
+        self.reporter.advance(compared - self.told, moved)
+        self.told = compared
+
+
+class Bar(Reporter):
+    """Shows the part that was compared, the time left, the rate, and the bytes moved."""
+
+    def __init__(self, total: int, label: str):
+        """
+        Initialize a bar. It's drawn in a ``with`` block, during which no process may be forked.
+
+        :param total: How many bytes there are to compare.
+        :param label: What stands before the bar where there is room for it.
+        """
+        self.total = total
+        self.label = label
+        self.compared, self.moved = make_counter(), make_counter()
+
+    def __enter__(self) -> Bar:
+        self._done = threading.Event()
+        self._artist = threading.Thread(target=self._draw, daemon=True)
+        self._artist.start()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._done.set()
+        self._artist.join()
+
+    def advance(self, compared: int, moved: int) -> None:
+        """See :meth:`Reporter.advance`."""
+        for counter, size in ((self.compared, compared), (self.moved, moved)):
+            with counter.get_lock():
+                counter.value += size
+
+    def _draw(self) -> None:
+        """Draw until all is done, or until the terminal or its environment doesn't like it: a run needs no bar."""
+        try:
+            from tqdm import tqdm
+
+            tqdm.monitor_interval = 0  # no other thread than this one
+            is_narrow = os.get_terminal_size(sys.stderr.fileno()).columns < 60
+            layout = _LAYOUT if is_narrow else f"{self.label}: {_LAYOUT}"
+            with tqdm(
+                total=self.total, bar_format=layout, unit="B", unit_scale=True, unit_divisor=1024, leave=False,
+                dynamic_ncols=True, mininterval=0, file=sys.stderr,
+            ) as bar:  # fmt: skip
+                while True:
+                    moved = bar.format_sizeof(self.moved.value, "B", 1024)
+                    bar.set_postfix_str(f"{moved} moved" if self.moved.value else "", refresh=False)
+                    bar.update(self.compared.value - bar.n)
+                    bar.refresh()
+                    if self._done.wait(INTERVAL):
+                        break
+        except Exception as e:
+            logger.debug("There is no progress bar: %r", e)
+
+
+def make_reporter(total: int, label: str) -> Reporter:
+    """Get a bar when there's a terminal to draw it on, and nobody asked for silence."""
+    return Bar(total, label) if _has_terminal() and logger.isEnabledFor(logging.INFO) else Reporter()
+
+
+def _has_terminal() -> bool:
+    with suppress(AttributeError, ValueError):  # there's no such stream, or it's closed
+        return sys.stderr.isatty()
+    return False

@@ -1,0 +1,280 @@
+"""
+How is a file behind a server read and written?
+
+By requests, which a :class:`Server` exchanges for answers. What a server says is checked before it is believed.
+
+Every request is idempotent. Requests without a body to speak of are repeated here; a transfer is repeated by
+:mod:`.pipeline`, since the bytes have to come from the other replica again. A stream of hashes that breaks off goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+from pdiffcopy.address import Address
+from pdiffcopy.answers import (
+    CLAIMED,
+    DONE,
+    VERIFIED,
+    PeerInfo,
+    decode_flag,
+    decode_info,
+    decode_report,
+    parse_checked,
+    parse_hashes,
+)
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, count_blocks, total_size
+from pdiffcopy.client.delta import in_order
+from pdiffcopy.client.retry import Patience
+from pdiffcopy.exceptions import (
+    FileMissingError,
+    ProgramError,
+    ProtocolError,
+    RemoteError,
+    ReplacedError,
+    TransientError,
+)
+from pdiffcopy.files.splice import Chunk
+from pdiffcopy.protocol import (
+    FEATURE_ANSWER,
+    FEATURE_CLAIM,
+    FEATURE_RESUME,
+    ClaimRequest,
+    HashesRequest,
+    InfoRequest,
+    ReadRequest,
+    ReleaseRequest,
+    Request,
+    ResizeRequest,
+    SyncRequest,
+    WriteRequest,
+)
+from pdiffcopy.replica import Reading, Replica
+
+
+class Answer(Protocol):
+    """What a server answers. Errors that stem from the network are :exc:`.ProgramError` objects."""
+
+    status: int
+    is_signed: bool
+    """Whether it says to which request it belongs."""
+
+    def get_digest(self) -> str:
+        """Return the digest that the server states."""
+
+    def read_document(self) -> bytes:
+        """Read all of the body, which is a short one."""
+
+    def read_lines(self) -> Iterator[bytes]:
+        """Read the body as it arrives."""
+
+    def read_exactly(self, size: int) -> Iterator[Chunk]:
+        """Read the body, which has to have a certain size."""
+
+
+def make_foreign_error(url: str) -> TransientError:
+    """Make an error for an answer that belongs to another request."""
+    text = "{url}: the answer isn't that to the request (does a proxy in between keep or repeat answers?)"
+    return TransientError(text, url=url, status=0)
+
+
+class Server(Protocol):
+    """A way to a server."""
+
+    peer: PeerInfo | None
+    """What it can do (:data:`None` until it has answered for the first time)."""
+
+    def get_address(self, filename: str) -> Address:
+        """Return the address of a file behind it."""
+
+    def get_patience(self) -> Patience:
+        """Return how often something may fail in a row."""
+
+    def exchange(
+        self, request: Request, reading: Reading | None = None, expect: Sequence[int] = (200,)
+    ) -> AbstractContextManager[Answer]:
+        """
+        Exchange a request for an answer with one of the expected statuses.
+
+        :param reading: The body of the request.
+        :raises: The most specific :exc:`.ProgramError`, also in the ``with`` block.
+        """
+
+    def find_remedy(self, filename: str) -> ProgramError | None:
+        """Find out why a server didn't answer that has never answered, if that can be known."""
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+
+
+class RemoteReplica(Replica):
+    """A file behind a server."""
+
+    is_near = False
+
+    def __init__(self, server: Server, filename: str):
+        """
+        Initialize a replica (the server isn't contacted yet).
+
+        :param server: Where it is.
+        :param filename: How it is called there.
+        """
+        self.server = server
+        self.filename = filename
+        self.label = str(server.get_address(filename))
+        self._size: int | None = None
+
+    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
+        """See :meth:`.Replica.info`."""
+
+        def ask() -> tuple[FileInfo, PeerInfo]:
+            request = InfoRequest(filename=self.filename, run=run)
+            with self.server.exchange(request, expect=(200, 404)) as answer:
+                info, peer = decode_info(answer.read_document(), exists=answer.status == 200)
+                if FEATURE_ANSWER in peer.features and not answer.is_signed:
+                    raise make_foreign_error(self.label)
+                return info, peer
+
+        try:
+            info, self.server.peer = self.server.get_patience().persist(ask)
+        except (TransientError, RemoteError) as e:
+            if better := self.server.find_remedy(self.filename):
+                raise better from e
+            raise
+        self._size = info.size
+        return info, self.server.peer
+
+    @property
+    def _features(self) -> frozenset[str]:
+        """What the server can do (it is asked once)."""
+        return (self.server.peer or self.info()[1]).features
+
+    def hashes(
+        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None
+    ) -> Generator[list[BlockDigest], None, None]:
+        """See :meth:`.Replica.hashes`."""
+        end = self._get_size() if stop is None else stop
+        patience, position = self.server.get_patience(), start
+        request = HashesRequest(
+            filename=self.filename, file_id=self.file_id, block_size=block_size, method=method,
+            concurrency=concurrency, flush=self.flush,
+        )  # fmt: skip
+        while position < end:
+            try:
+                for digest in in_order(self._hash_lines(request, position, end), position, end, block_size):
+                    yield [BlockDigest(position, digest)]
+                    position += block_size
+                    patience.succeeded()
+            except TransientError as e:
+                patience.failed(e)
+
+    def _hash_lines(self, request: HashesRequest, start: int, stop: int) -> Iterator[BlockDigest]:
+        resumes = FEATURE_RESUME in self._features
+        # An old server can only begin at the beginning, and a file may be longer than what we compare.
+        most = count_blocks(stop if resumes else max(stop, self._get_size()), request.block_size)
+        if resumes:
+            request = request.starting_at(start)
+        with self._exchange(request) as answer:
+            parse = parse_checked if resumes else parse_hashes
+            for count, line in enumerate(parse(answer.read_lines())):
+                if line.offset >= stop and resumes:
+                    return
+                if count >= most:
+                    raise ProtocolError("{url}: the server sent more hashes than the file has blocks", url=self.label)
+                if start <= line.offset < stop:
+                    yield line
+
+    def _get_size(self) -> int:
+        return self.info()[0].size if self._size is None else self._size
+
+    @contextmanager
+    def read(self, extents: Sequence[Extent], state_digest: bool = False, clip: bool = False) -> Iterator[Reading]:
+        """See :meth:`.Replica.read`."""
+        extents = self._clip(extents) if clip else extents
+        if not extents:
+            yield Reading([])
+            return
+        size = total_size(extents)
+        request = self._make_read(extents, digest=state_digest)
+        with self._exchange(request) as answer:
+            digest = answer.get_digest() if state_digest else ""
+            yield Reading(answer.read_exactly(size), digest, size=size)
+
+    def _clip(self, extents: Sequence[Extent]) -> list[Extent]:
+        info, _ = self.info()
+        if not info.exists:
+            raise FileMissingError("The file {label} doesn't exist", label=self.label)
+        clipped = (Extent(offset, min(size, info.size - offset)) for offset, size in extents)
+        return [extent for extent in clipped if extent.size > 0]
+
+    def _make_read(self, extents: Sequence[Extent], **words: Any) -> ReadRequest:
+        return ReadRequest.of(extents, filename=self.filename, file_id=self.file_id, flush=self.flush, **words)
+
+    def digest(self, extents: Sequence[Extent]) -> str:
+        """See :meth:`.Replica.digest`."""
+        with self._exchange(self._make_read(extents, digest=True, data=False)) as answer:
+            return answer.get_digest()
+
+    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
+        """See :meth:`.Replica.write`."""
+        request = WriteRequest.of(
+            extents, filename=self.filename, file_id=self.file_id, block_size=reading.block_size, run=run,
+            digest=reading.digest,
+        )  # fmt: skip
+        body = Reading(reading.chunks, size=total_size(extents))
+        with self._exchange(request, body) as answer:
+            document = answer.read_document()
+        if reading.digest and not decode_flag(document, VERIFIED):
+            raise ProtocolError("{url}: the server didn't verify what it wrote", url=self.label)
+
+    def resize(self, size: int, run: str = "") -> None:
+        """See :meth:`.Replica.resize`."""
+        self._post(ResizeRequest(filename=self.filename, file_id=self.file_id, size=size, run=run))
+
+    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
+        """See :meth:`.Replica.claim`."""
+        if FEATURE_CLAIM not in self._features:
+            return False, self.info()[0]
+        request = ClaimRequest(
+            filename=self.filename, file_id=self.file_id, run=run, create=create, mode=mode if create else FileInfo.mode
+        )
+        document = self._post(request)
+        return decode_flag(document, CLAIMED), decode_info(document, exists=True)[0]
+
+    def release(self, run: str) -> FileInfo:
+        """See :meth:`.Replica.release`."""
+        document = self._post(ReleaseRequest(filename=self.filename, file_id=self.file_id, run=run))
+        return decode_info(document, exists=True)[0]
+
+    def _post(self, request: Request) -> bytes:
+        def ask() -> bytes:
+            with self._exchange(request) as answer:
+                return answer.read_document()
+
+        return self.server.get_patience().persist(ask)
+
+    def sync(self, run: str = "") -> None:
+        """See :meth:`.Replica.sync`."""
+        # It isn't repeated: an answer that got lost may have been the only one to tell of an error.
+        try:
+            with self._exchange(SyncRequest(filename=self.filename, file_id=self.file_id, run=run)) as answer:
+                last = answer.read_document().strip()
+                if last.startswith(b"{"):
+                    raise decode_report(last)
+                if last != DONE.encode("ascii"):
+                    raise ProtocolError("{url}: the server's answer to a flush isn't one", url=self.label)
+        except TransientError as e:
+            text = "{url}: it isn't known whether the data has reached the disk, run again ({reason})"
+            raise RemoteError(text, url=self.label, reason=e, status=0) from e
+
+    @contextmanager
+    def _exchange(self, request: Request, body: Reading | None = None) -> Iterator[Answer]:
+        with ExitStack() as stack:
+            try:
+                answer = stack.enter_context(self.server.exchange(request, body))
+            except ReplacedError as e:
+                raise self.describe_replacement(e) from e
+            yield answer

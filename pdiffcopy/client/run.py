@@ -1,0 +1,331 @@
+"""
+Which steps does a run take?
+
+1. Look at both sides, and refuse what can't work. Nothing has been touched yet.
+2. Start all processes, so that what this machine lacks for them is known before the target is touched.
+3. Claim the target, grow it, and make the plan.
+4. Let the pipeline move what differs.
+5. Cut the target, flush it if that is wanted, and look whether both sides are what they should be.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import algorithms_guaranteed
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from pdiffcopy import digests
+from pdiffcopy.address import Address
+from pdiffcopy.answers import PeerInfo
+from pdiffcopy.blocks import Block, FileInfo, block_length
+from pdiffcopy.client.delta import Batch, make_batches
+from pdiffcopy.client.pipeline import find_blocks, generate_batches, open_target, transfer_batch
+from pdiffcopy.client.plan import Plan, Result, Verification
+from pdiffcopy.client.progress import Reporter, make_reporter
+from pdiffcopy.client.report import Report
+from pdiffcopy.client.servers import Replicas, Servers
+from pdiffcopy.exceptions import (
+    FileError,
+    FileMissingError,
+    ForbiddenError,
+    ProgramError,
+    SourceChangedError,
+    UsageError,
+)
+from pdiffcopy.hashing import find_method
+from pdiffcopy.mp import WorkerPool, make_queue
+from pdiffcopy.protocol import FEATURE_BLOCKWISE, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_SYNC
+from pdiffcopy.replica import Replica
+from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
+
+logger = logging.getLogger(__name__)
+
+
+Finder = Callable[[Plan, Replicas, Callable[[], bool]], Iterable[Batch]]
+"""Finds out what there is to transfer, like :func:`.generate_batches`. It has to be picklable."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user wants of a run (:class:`.Client` has the defaults)."""
+
+    block_size: int
+    concurrency: int
+    delta_transfer: bool
+    dry_run: bool
+    fsync: bool
+    hash_method: str
+    verify: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant, and find the name that both sides have for the hash method."""
+        if not 0 < self.block_size <= MAX_BLOCK_SIZE:
+            raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
+        if not 0 < self.concurrency <= MAX_CONCURRENCY:
+            raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
+        object.__setattr__(self, "hash_method", find_method(self.hash_method))
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is known about one side at the first look."""
+
+    replica: Replica
+    info: FileInfo
+    peer: PeerInfo
+
+
+class Run:
+    """One run: brings a target in line with a source, or compares them."""
+
+    def __init__(
+        self, source: Address, target: Address, options: Options, servers: Servers, offsets: Sequence[int] | None = None
+    ):
+        """
+        Initialize a run.
+
+        :param source: What is read.
+        :param target: What is written to.
+        :param options: What the user wants.
+        :param servers: Where the replicas come from.
+        :param offsets: The offsets of the blocks to transfer (by default the run finds them).
+        """
+        for address in (source, target):
+            if address.filename.endswith("/"):
+                raise UsageError("{label} names a folder: add the name of the file", label=str(address))
+        self.source_address, self.target_address = source, target
+        self.options = options
+        self.servers = servers
+        self.is_given = offsets is not None
+        self._find: Finder = generate_batches if offsets is None else partial(_batch, offsets)
+
+    def synchronize(self) -> Report:
+        """Bring the target into line (or find out what that would take, in a dry run)."""
+        started = time.monotonic()
+        self._look(writes=not self.options.dry_run)
+        with self._watching_source():
+            if self.options.dry_run:
+                plan = self._make_plan(self.target.info.file_id)
+                before, result, claimed = self.target.info, self._scan(plan), False
+            else:
+                before, plan, result, claimed = self._update()
+        source = self.source.info
+        return Report(
+            plan,
+            result,
+            self.options.dry_run,
+            self.options.verify,
+            time.monotonic() - started,
+            watched=source.tells_time,
+            claimed=claimed,
+            cut=max(0, before.size - source.size) if before.resizable else 0,
+            grown=max(0, source.size - before.size) if before.exists else 0,
+        )
+
+    def compare(self) -> list[int]:
+        """Find the offsets of the blocks that differ. Nothing is written, whatever the options say."""
+        self._look(writes=False)
+        plan = replace(self._make_plan(self.target.info.file_id), target_size=self._get_common_size())
+        with self._watching_source():
+            return [block.offset for block in find_blocks(plan, self.servers) if block.changed]
+
+    # Before anything is touched {{{1
+
+    def _look(self, writes: bool) -> None:
+        """Look at both sides, and refuse what can't work."""
+        self.source, self.target = self._inspect()
+        source, target = self.source, self.target
+        if not source.info.exists:
+            raise FileMissingError("The source {label} doesn't exist", label=source.replica.label)
+        if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":
+            raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)
+        for side in (source, target):
+            # An old server doesn't tell its methods: it surely has those that come with every Python.
+            if self.options.hash_method not in (side.peer.methods or algorithms_guaranteed):
+                text = "The server of {label} has no hash method {method}"
+                raise UsageError(text, label=side.replica.label, method=self.options.hash_method)
+        if writes and not target.peer.writable:
+            raise ForbiddenError("The server of {label} is read-only", label=target.replica.label)
+        if writes and self.options.fsync and FEATURE_SYNC not in target.peer.features:
+            raise UsageError("The server of {label} is too old for --fsync", label=target.replica.label)
+        # From then on each change of the source shows in its time. It comes before anything of it is read.
+        time.sleep(source.info.settles_ms / 1000)
+
+    def _inspect(self) -> list[Side]:
+        """Ask both sides for size and identity, at the same time where that saves a round trip."""
+        replicas = [self.servers.open(address) for address in (self.source_address, self.target_address)]
+        if any(replica.is_near for replica in replicas):
+            return [_look_at(replica) for replica in replicas]
+        with ThreadPoolExecutor(2) as executor:
+            return list(executor.map(_look_at, replicas))
+
+    @property
+    def _delta(self) -> bool:
+        return self.options.delta_transfer and self.target.info.size > 0
+
+    def _get_common_size(self) -> int:
+        return min(self.source.info.size, self.target.info.size)
+
+    def _make_plan(self, target_id: str, run: str = "") -> Plan:
+        source, options = self.source.info, self.options
+        many_extents = FEATURE_EXTENTS in self.source.peer.features & self.target.peer.features
+        return Plan(
+            source=self.source_address,
+            target=self.target_address,
+            source_id=source.file_id,
+            target_id=target_id,
+            size=source.size,
+            # A target that is shorter is going to be grown first.
+            target_size=self._get_common_size() if options.dry_run else source.size,
+            block_size=options.block_size,
+            method=options.hash_method,
+            concurrency=options.concurrency,
+            delta=self._delta,
+            verification=self._choose_verification(),
+            max_extents=MAX_EXTENTS if many_extents else 1,
+            run=run,
+        )
+
+    def _choose_verification(self) -> Verification:
+        source, target = self.source.peer.features, self.target.peer.features
+        if not self.options.verify or FEATURE_DIGEST not in target:
+            return Verification.NONE
+        if FEATURE_DIGEST not in source:
+            # Where the blocks are given, there are no hashes of them.
+            return Verification.NONE if self.is_given else Verification.BY_HASHES
+        # A run that compares by XXH128 has all that it takes. Other methods cost more than to read the changes again.
+        free = self._delta and not self.is_given and self.options.hash_method == digests.METHOD
+        return Verification.BLOCKWISE if free and FEATURE_BLOCKWISE in target else Verification.STATED
+
+    # Doing it {{{1
+
+    def _scan(self, plan: Plan) -> Result:
+        """Compare, but move nothing (a dry run)."""
+        total = Result()
+        with self._make_reporter() as reporter:
+            for batch in self._find(plan, self.servers, lambda: True):
+                reporter.advance(batch.bytes_compared, 0)
+                total += Result.of_comparison(batch)
+        return total
+
+    def _update(self) -> tuple[FileInfo, Plan, Result, bool]:
+        """
+        Grow the target, change it, cut it, and look whether all is as it should be.
+
+        :returns: What the target was before, what was planned and done, and whether the target was claimed.
+        """
+        source, before, run = self.source.info, self.target.info, os.urandom(8).hex()
+        with self._pool() as (results, start):
+            # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier
+            # one may have resized the target until now.
+            claimed, target = self.target.replica.pinned(before.file_id).claim(run, not before.exists, source.mode)
+            plan = self._make_plan(target.file_id, run if claimed else "")
+            replica = open_target(plan, self.servers)
+            if target.size < source.size or not target.exists:
+                replica.resize(source.size, plan.run)
+            start(plan)
+            result = sum(results, Result())
+        if target.size > source.size and target.resizable:
+            replica.resize(source.size, plan.run)
+        if self.options.fsync:
+            replica.sync(plan.run)
+        # This proves that nobody else has been there since the claim. To end the claim couldn't: that may be repeated,
+        # and then there is none, whoever has ended it.
+        self._check_target(target, replica.info(plan.run)[0])
+        if claimed:
+            _release(replica, plan)
+        return target if before.exists else before, plan, result, claimed
+
+    @contextmanager
+    def _pool(self) -> Iterator[tuple[Iterable[Result], Callable[[Plan], None]]]:
+        """
+        Start all processes. They wait for a plan, so that what they lack is known before the target is touched.
+
+        :returns: The results to come, and a function that lets the work begin.
+        """
+        count, retries = self.options.concurrency, self.servers.network.retries
+        receiver, sender = Pipe(duplex=False)
+        queue, reporter = make_queue(2 * count), self._make_reporter()
+        pool = WorkerPool(
+            concurrency=count,
+            input_queue=queue,
+            generator_fn=partial(_generate, self._find, self.servers, receiver, queue.empty),
+            worker_fn=partial(_transfer, self.servers, retries, reporter),
+        )
+        with receiver, sender, pool, reporter:
+            yield pool, sender.send
+
+    def _make_reporter(self) -> Reporter:
+        return make_reporter(self.source.info.size, "Comparing" if self._delta else "Copying")
+
+    # Looking again {{{1
+
+    @contextmanager
+    def _watching_source(self) -> Iterator[None]:
+        """A source that has changed forbids success, and explains any failure."""
+        before, label = self.source.info, self.source.replica.label
+        try:
+            yield
+        except SourceChangedError:
+            raise
+        except ProgramError as e:
+            with Servers(replace(self.servers.network, retries=0)) as impatient:
+                try:
+                    after = impatient.open(self.source_address).info()[0]
+                except ProgramError:
+                    after = before  # can't tell, so it's the first failure that counts
+            if change := before.describe_change(after):
+                raise SourceChangedError.of(label, change) from e
+            raise
+        if change := before.describe_change(self.source.replica.info()[0]):
+            raise SourceChangedError.of(label, change)
+
+    def _check_target(self, before: FileInfo, after: FileInfo) -> None:
+        """Notice that the file that we wrote to was removed, replaced or resized."""
+        size = self.source.info.size
+        sizes_match = after.size == size if after.resizable else after.size >= size
+        if not (after.exists and after.file_id == before.file_id and sizes_match):
+            text = "The target {label} was replaced, resized or removed while it was written to: run again"
+            raise FileError(text, label=self.target.replica.label)
+
+
+def _look_at(replica: Replica) -> Side:
+    return Side(replica, *replica.info())
+
+
+def _release(replica: Replica, plan: Plan) -> None:
+    """End a claim. One that stays behind does no harm, so the run is a success whatever becomes of that."""
+    try:
+        replica.release(plan.run)
+    except ProgramError as e:
+        logger.warning("The claim on %s stays behind: %s", replica.label, e)
+
+
+def _batch(offsets: Sequence[int], plan: Plan, replicas: Replicas, is_awaited: Callable[[], bool]) -> Iterator[Batch]:
+    """Make batches of blocks that were given."""
+    lengths = ((offset, block_length(offset, plan.size, plan.block_size)) for offset in sorted(set(offsets)))
+    blocks = (Block(offset, length, changed=True, digest="") for offset, length in lengths)
+    return make_batches(blocks, plan.max_extents, is_awaited=is_awaited)
+
+
+def _generate(
+    find: Finder, servers: Servers, plans: Connection, is_awaited: Callable[[], bool]
+) -> Iterator[tuple[Plan, Batch]]:
+    """Do what the generator process does."""
+    plan = plans.recv()
+    for batch in find(plan, servers, is_awaited):
+        yield plan, batch
+
+
+def _transfer(servers: Servers, retries: int, reporter: Reporter, item: tuple[Plan, Batch]) -> Result:
+    """Do what a worker process does."""
+    plan, batch = item
+    return transfer_batch(plan, batch, servers, retries, reporter)

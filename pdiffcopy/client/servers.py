@@ -1,0 +1,83 @@
+"""
+Which replica is at an address?
+
+A file of this machine, or one behind a server: :data:`SCHEMES` says which kind of server an address needs, and
+:class:`Servers` keeps those that are in use, one for each origin, so that all files behind it share its connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from pdiffcopy.address import Address
+from pdiffcopy.client.network import Network
+from pdiffcopy.client.remote import RemoteReplica, Server
+from pdiffcopy.exceptions import DependencyError, UsageError
+from pdiffcopy.files.names import make_absolute
+from pdiffcopy.replica import LocalReplica, Replica
+
+
+def _open_http(address: Address, network: Network) -> Server:
+    try:
+        from pdiffcopy.client.http import HttpServer
+    except ImportError as e:
+        text = "A client requirement is missing ({error}): install pdiffcopy[client] from its checkout (README.rst)"
+        raise DependencyError(text, error=e) from e
+    return HttpServer(address, network)
+
+
+SCHEMES: dict[str, Callable[[Address, Network], Server]] = {"http": _open_http, "https": _open_http}
+"""How to reach a server, for each scheme of an address."""
+
+
+class Replicas(Protocol):
+    """Where replicas come from."""
+
+    def open(self, address: Address) -> Replica:
+        """Get the replica at an address."""
+
+
+class Servers:
+    """
+    The servers of a run, or of a location: a context manager that closes their connections.
+
+    A process that is forked or spawned with such an object opens connections of its own, but knows what the servers can
+    do if they have been asked already.
+    """
+
+    def __init__(self, network: Network):
+        """
+        Initialize a collection in which there are none.
+
+        :param network: How to talk to them.
+        """
+        self.network = network
+        self._servers: dict[str, Server] = {}
+
+    def __enter__(self) -> Servers:
+        """Nothing to open yet."""
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """Close all connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections. They are opened again when they are needed."""
+        for server in self._servers.values():
+            server.close()
+
+    def open(self, address: Address) -> Replica:
+        """
+        Get the replica at an address (nothing is contacted or opened yet).
+
+        :raises: :exc:`.DependencyError` when it is remote and the requirements of the client aren't installed.
+        """
+        if address.is_near:
+            return LocalReplica(make_absolute(address.filename))
+        if address.origin not in self._servers:
+            if address.scheme not in SCHEMES:
+                raise UsageError("There is no way to reach {address}", address=str(address))
+            self._servers[address.origin] = SCHEMES[address.scheme](address, self.network)
+        return RemoteReplica(self._servers[address.origin], address.filename)

@@ -1,0 +1,146 @@
+"""
+How does the program deal with what surrounds it: standard streams, signals, logging?
+
+Whatever ends the program becomes one line on stderr, and a JSON object on stdout when the user asked for that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import coloredlogs
+
+from pdiffcopy.exceptions import FileError, ProgramError, printable
+
+logger = logging.getLogger(__name__)
+
+
+class EndingSignal(KeyboardInterrupt):
+    """A signal arrived that ends the program."""
+
+    def __init__(self, number: int):
+        """Initialize an exception for a signal of this number."""
+        super().__init__(number)
+        self.number = number
+
+    def describe(self) -> tuple[str, int]:
+        """What to say, and the exit code (as a shell has it)."""
+        return _SIGNALS[signal.Signals(self.number)], 128 + self.number
+
+
+_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+_is_ending = False
+
+
+def open_standard_streams() -> None:
+    """
+    See to it that nothing else gets the numbers of the standard streams, in case that somebody has closed them.
+
+    A message would end up in the target otherwise.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            stream = open(fd, "r" if fd == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def _let_go_of_terminal() -> None:
+    """A terminal may be gone: to write there would fail, and take the place of what really happened."""
+    for fd in (1, 2):
+        try:
+            os.write(fd, b"")
+        except OSError:
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), fd)
+
+
+def log_messages() -> None:
+    """Write messages to stderr: for somebody at a terminal without when, where and from which process they come."""
+    is_configured = "COLOREDLOGS_LOG_FORMAT" in os.environ
+    try:
+        coloredlogs.install(fmt="%(message)s" if sys.stderr.isatty() and not is_configured else None)
+    except Exception as e:  # one of its many variables has a value that it doesn't like
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s[%(process)d] %(levelname)s %(message)s")
+        logger.warning("Messages look plain, since $COLOREDLOGS_... has a bad value: %s", e)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_escape)
+    # It prints tracebacks of what ends up as one line in our own words.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Nobody on the other side gets to write control characters to our terminal."""
+    with suppress(Exception):  # a message that can't be formatted: that's reported elsewhere
+        record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+def heed_signals() -> None:
+    """Let signals end the program in an orderly way from now on."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) and a shell without job control leave it
+            signal.signal(number, _end)
+    # They were kept waiting until now, see __main__.py.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def ignore_signals() -> None:
+    """Let no signal end the program any more."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    """End in an orderly way when the first signal arrives, and at once (child processes, too) at the second one."""
+    global _is_ending
+    if number == signal.SIGHUP:
+        _let_go_of_terminal()
+    if _is_ending:
+        ignore_signals()
+        os._exit(fail(*EndingSignal(number).describe()))
+    _is_ending = True
+    raise EndingSignal(number)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print what other programs want to know. They have to get all of it, or to learn that they didn't."""
+    try:
+        print(json.dumps(document), flush=True)
+    except OSError as e:
+        with open(os.devnull, "wb") as nowhere:  # or Python would try again when it ends
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise FileError.from_os_error(e, "write the report to", "stdout") from e
+
+
+def fail(message: str, status: int) -> int:
+    """Say why the program ends, in a line and (if it's wanted) as a JSON object, and return the exit code."""
+    if "--json" in sys.argv[1:]:
+        with suppress(ProgramError, RuntimeError):  # the latter when a signal has interrupted just that
+            print_json({"error": message, "exit_code": status})
+    with suppress(OSError):
+        os.write(2, f"pdiffcopy: {printable(message)}\n".encode("utf-8", "backslashreplace"))
+    return status
+
+
+def show_traceback() -> None:
+    """Print where an error comes from, if the user wants to know."""
+    if logger.isEnabledFor(logging.INFO - 1):
+        traceback.print_exc()
+
+
+def leave(status: int) -> NoReturn:
+    """End the program: after a signal without waiting for threads that wait for something else."""
+    if _is_ending:
+        os._exit(status)
+    sys.exit(status)

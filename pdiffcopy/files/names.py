@@ -1,0 +1,131 @@
+"""
+How do names become files?
+
+A :class:`Namespace` says what a name means: anything on this machine, or (:class:`.Root`) something below one folder.
+It also says whether block devices may be used. Whatever is created is created here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+from pdiffcopy.blocks import FileInfo
+from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, UsageError, translating
+from pdiffcopy.files.kernel import PSEUDO, get_file_system
+
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Namespace:
+    """All files of this machine."""
+
+    def __init__(self, devices: bool = True):
+        """
+        Initialize a namespace.
+
+        :param devices: Whether block devices may be used.
+        """
+        self.devices = devices
+
+    def open(self, filename: str, flags: int, mode: int = 0) -> int:
+        """Open a file like :func:`os.open` does."""
+        return os.open(filename, flags, mode)
+
+    def make_folder(self, filename: str) -> None:
+        """Make a folder like :func:`os.mkdir` does."""
+        os.mkdir(filename)
+
+
+MACHINE = Namespace()
+
+
+def reopen(path: int, flags: int) -> int:
+    """Open what a descriptor of ``O_PATH`` stands for, which nobody can have exchanged meanwhile."""
+    try:
+        return os.open(f"/proc/self/fd/{path}", flags)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists("/proc/self/fd"):
+            raise OSError(errno.ENOSYS, "/proc isn't mounted here, and pdiffcopy needs it") from e
+        raise
+
+
+def make_absolute(filename: str) -> str:
+    """
+    The absolute spelling of a local name.
+
+    Nothing is taken away: ``link/../file`` lies beside what the link leads to, and only the kernel knows where that is.
+    """
+    if filename.startswith("/"):
+        return filename
+    try:
+        return os.path.join(os.getcwd(), filename.removeprefix("./"))
+    except OSError as e:
+        text = "Can't find {filename}: the working directory doesn't exist any more ({reason})"
+        raise UsageError(text, filename=filename, reason=e.strerror) from e
+
+
+def sync_folder(filename: str, namespace: Namespace) -> None:
+    """Flush the folder that has the name of a file to its disk."""
+    folder = os.path.dirname(filename) or "."
+    with translating("flush", folder):
+        fd = namespace.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def create_file(filename: str, namespace: Namespace, mode: int = FileInfo.mode) -> None:
+    """
+    Create a file, and the folders that lead to it, unless it exists.
+
+    :param mode: Whom it is for, at most (permission bits; the umask takes away some).
+    :raises: :exc:`.FileError` when that isn't possible, or makes no sense.
+    """
+    with translating("create", filename):
+        _check_place(filename, namespace)
+        _make_folders(os.path.dirname(filename) or ".", namespace)
+        with suppress(FileExistsError):
+            # The run that creates it is going to write to it, whether the source may be written to or not.
+            mode |= stat.S_IRUSR | stat.S_IWUSR
+            os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+
+
+def _check_place(filename: str, namespace: Namespace) -> None:
+    """
+    Refuse to create what would be no file.
+
+    A name below /dev that doesn't exist is a device that is missing: a file there would be in memory. Where the kernel
+    makes up the files, a folder that is made may have a meaning.
+    """
+    name = filename
+    while True:
+        try:
+            fd = namespace.open(name, os.O_PATH | os.O_CLOEXEC)
+            break
+        except FileNotFoundError:
+            name = os.path.dirname(name.rstrip("/")) or ("/" if filename.startswith("/") else ".")
+    try:
+        place = os.readlink(f"/proc/self/fd/{fd}") + "/"
+        is_pseudo = get_file_system(fd) in PSEUDO
+    finally:
+        os.close(fd)
+    if is_pseudo:
+        text = "Can't create {filename}: files there are a part of the kernel"
+        raise FileForbiddenError(text, filename=filename)
+    if name != filename and place.startswith("/dev/") and not place.startswith("/dev/shm/"):
+        raise FileMissingError("Can't create {filename}: there is no such device", filename=filename)
+
+
+def _make_folders(folder: str, namespace: Namespace) -> None:
+    try:
+        os.close(namespace.open(folder, _FOLDER))
+        return
+    except FileNotFoundError:
+        names = folder.split("/")
+    for i in range(1, len(names) + 1):
+        with suppress(FileExistsError):
+            namespace.make_folder("/".join(names[:i]) or "/")

@@ -1,0 +1,57 @@
+"""How is a part of a file passed on, and counted as it passes?"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from pdiffcopy.blocks import Extent
+from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.splice import Chunk
+
+
+class Stored:
+    """Bytes in an open file: chunks like any others, or sent as a whole."""
+
+    def __init__(self, file: LocalFile, extents: Sequence[Extent]):
+        """
+        Initialize a chunk source.
+
+        :param file: The file, which has to stay open.
+        :param extents: Where the bytes are.
+        """
+        self.file = file
+        self.extents = extents
+        self.count: Callable[[int], object] = int  # nobody is told
+
+    def __iter__(self) -> Iterator[memoryview]:
+        self.file.prepare(self.extents)
+        for chunk in self.file.chunks(self.extents):
+            yield chunk
+            self.count(len(chunk))
+
+    def send(self, sock: socket.socket) -> None:
+        """Send all of them through a socket that isn't encrypted, see :meth:`LocalFile.send`."""
+        self.file.prepare(self.extents)
+        for extent in self.extents:
+            for size in self.file.send(sock, extent):
+                self.count(size)
+
+
+def counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterable[Chunk]:
+    """
+    Pass chunks on, and tell how many bytes have passed.
+
+    :param count: Is called with the size of each chunk when it has been consumed.
+    """
+    if isinstance(chunks, Stored):  # which may be sent as a whole
+        chunks.count = count
+        return chunks
+    return _counted(chunks, count)
+
+
+def _counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterator[Chunk]:
+    for chunk in chunks:
+        size = len(chunk)  # it's less when some of it has been consumed
+        yield chunk
+        count(size)

@@ -1,0 +1,149 @@
+"""
+Which options are there, and what do they mean?
+
+The usage message is in :mod:`.cli`; a test sees to it that it names all of them.
+"""
+
+from __future__ import annotations
+
+import getopt
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import coloredlogs
+from humanfriendly import InvalidSize, parse_size
+
+from pdiffcopy.exceptions import UsageError
+
+
+def _parse_text(option: str, value: str) -> str:
+    if not value:
+        raise UsageError("{option} needs a value", option=option)
+    return value
+
+
+def _parse_size(option: str, value: str) -> int:
+    try:
+        return int(parse_size(value))
+    except (InvalidSize, ValueError, OverflowError):  # the latter two for a number without end
+        raise UsageError(
+            "{option} needs a size like 65536, 64KiB or 4MiB, not {value}", option=option, value=repr(value)
+        ) from None
+
+
+def _parse_number(option: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal() and len(value) < 20):
+        raise UsageError("{option} needs a number, not {value}", option=option, value=repr(value))
+    return int(value)
+
+
+def _parse_count(option: str, value: str) -> int:
+    number = _parse_number(option, value)
+    if not number:
+        raise UsageError("{option} has to be at least 1", option=option)
+    return number
+
+
+def _parse_seconds(option: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise UsageError("{option} needs a number of seconds, not {value}", option=option, value=repr(value))
+    return seconds
+
+
+def _parse_names(option: str, value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|\*", name):
+            text = "{option} needs the name of a host, without a port, not {value}"
+            raise UsageError(text, option=option, value=repr(name))
+    return names
+
+
+# What each option means: who wants it ("both", "client" or "server"), its name there, and how its value is read.
+# An option whose value isn't read takes none.
+OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
+    "--block-size": ("client", "block_size", _parse_size),
+    "--hash-method": ("client", "hash_method", _parse_text),
+    "--whole-file": ("client", "whole_file", None),
+    "--concurrency": ("both", "concurrency", _parse_count),
+    "--dry-run": ("client", "dry_run", None),
+    "--benchmark": ("client", "benchmark", _parse_count),
+    "--listen": ("server", "address", _parse_text),
+    "--no-verify": ("client", "no_verify", None),
+    "--fsync": ("client", "fsync", None),
+    "--timeout": ("client", "timeout", _parse_seconds),
+    "--retries": ("client", "retries", _parse_number),
+    "--token-file": ("both", "token_file", _parse_text),
+    "--ca-file": ("client", "ca_file", _parse_text),
+    "--json": ("client", "json", None),
+    "--root": ("server", "root", _parse_text),
+    "--read-only": ("server", "read_only", None),
+    "--devices": ("server", "devices", None),
+    "--certfile": ("server", "certfile", _parse_text),
+    "--keyfile": ("server", "keyfile", _parse_text),
+    "--allow-host": ("server", "allow_hosts", _parse_names),
+    "--access-log": ("server", "access_log", _parse_text),
+}
+SHORT = {
+    "-b": "--block-size",
+    "-m": "--hash-method",
+    "-W": "--whole-file",
+    "-c": "--concurrency",
+    "-n": "--dry-run",
+    "-B": "--benchmark",
+    "-l": "--listen",
+    "-v": "--verbose",
+    "-q": "--quiet",
+    "-h": "--help",
+}
+
+
+def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """
+    Read a command line.
+
+    :returns: A tuple of the values of the options by their long names, and the locations.
+    :raises: :exc:`.UsageError` for what makes no sense.
+    """
+    short = "".join(name[1] + (":" if OPTIONS.get(long, (0, 0, 0))[2] else "") for name, long in SHORT.items())
+    long = [name[2:] + ("=" if parse else "") for name, (_, _, parse) in OPTIONS.items()]
+    try:
+        pairs, locations = getopt.gnu_getopt(arguments, short, [*long, "verbose", "quiet", "version", "help"])
+    except getopt.GetoptError as e:
+        raise UsageError("{reason} (pdiffcopy --help explains)", reason=e.msg) from None
+    options: dict[str, Any] = {}
+    for name, value in pairs:
+        name = SHORT.get(name, name)
+        if name == "--verbose":
+            coloredlogs.increase_verbosity()
+        elif name == "--quiet":
+            coloredlogs.decrease_verbosity()
+        parse = OPTIONS[name][2] if name in OPTIONS else None
+        parsed = parse(name, value) if parse else True
+        # What may be repeated is a tuple.
+        options[name] = options.get(name, ()) + parsed if isinstance(parsed, tuple) else parsed
+    return options, locations
+
+
+def select(options: dict[str, Any], side: str) -> dict[str, Any]:
+    """
+    Pick the options that a side understands, under the names that it has for them.
+
+    :param side: ``client`` or ``server``.
+    :raises: :exc:`.UsageError` for an option of the other side.
+    """
+    selected = {}
+    for option, value in options.items():
+        if option in OPTIONS:
+            wanted_by, name, _ = OPTIONS[option]
+            if wanted_by not in (side, "both"):
+                text = "{option} is for a {other}, and this would be a {side} (pdiffcopy --help explains)"
+                raise UsageError(text, option=option, other=wanted_by, side=side)
+            selected[name] = value
+    return selected

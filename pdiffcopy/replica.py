@@ -1,0 +1,259 @@
+"""
+What can be done with one copy of a file, wherever it is?
+
+A :class:`Replica` is the interface that the client uses and the server serves: each endpoint is one of its methods.
+:class:`LocalReplica` is a file of this machine; ``RemoteReplica`` (in the client's wing) is one behind a server. Code
+that uses a replica need not know which kind it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+
+from pdiffcopy import __version__
+from pdiffcopy.answers import PeerInfo
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, total_size
+from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, ReplacedError, SourceChangedError
+from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.names import MACHINE, Namespace, create_file, sync_folder
+from pdiffcopy.files.splice import Chunk
+from pdiffcopy.files.stored import Stored
+from pdiffcopy.hashing import Hashers, get_hasher, get_methods
+from pdiffcopy.protocol import FEATURES
+
+__all__ = ["LocalReplica", "Reading", "Replica"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Bytes on their way."""
+
+    chunks: Iterable[Chunk]
+    """The bytes, each chunk valid until the next one is asked for."""
+    digest: str = ""
+    """The digest that the sender states (empty when it states none)."""
+    block_size: int = 0
+    """The size of the blocks in bytes if that is a blockwise digest (see :mod:`.digests`), otherwise 0."""
+    size: int = 0
+    """How many bytes there are, as far as somebody has to know that before they come."""
+
+
+class Replica(ABC):
+    """
+    One copy of the file. No method leaves anything open, but for the time that its generator is in use.
+
+    A name may lead to another file at any moment, so all methods but :meth:`info` raise :exc:`.ReplacedError` when it
+    doesn't lead to the file that the replica is *pinned* to.
+    """
+
+    is_near: bool
+    """Whether the file is on this machine, so that its bytes are had without a network."""
+    label: str
+    """What messages call it."""
+    file_id = ""
+    """Which file the name has to lead to (empty: any)."""
+    is_source = False
+    """Whether a replacement means that the source has changed."""
+    flush = False
+    """Whether dirty pages are written back before they are read, so that a later change through a mapping shows."""
+
+    def pinned(self, file_id: str, is_source: bool = False) -> Replica:
+        """Return the same replica, but it has to be a certain file from now on."""
+        replica = copy(self)
+        replica.file_id = file_id
+        replica.is_source = replica.flush = is_source
+        return replica
+
+    def describe_replacement(self, error: ReplacedError) -> ProgramError:
+        """Tell what it means that the name leads to another file: the source has changed, or the target is gone."""
+        return SourceChangedError.of(self.label, "identity") if self.is_source else error
+
+    @abstractmethod
+    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
+        """
+        Tell size and identity of the file, and what its side can do.
+
+        :param run: The run that has claimed the file, if one has.
+        :raises: :exc:`.TakenOverError` when another run has claimed it since, even if that has ended.
+        """
+
+    @abstractmethod
+    def hashes(
+        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None
+    ) -> Generator[list[BlockDigest], None, None]:
+        """
+        Hash the blocks of a part of the file.
+
+        :param start: Where the first block begins (a multiple of the block size).
+        :param stop: Where the last one ends (:data:`None`: where the file does).
+        :returns: A generator of lists of neighboring blocks, in order, as they become known. A list is empty when the
+                  next one takes long.
+        """
+
+    @abstractmethod
+    def read(
+        self, extents: Sequence[Extent], state_digest: bool = False, clip: bool = False
+    ) -> AbstractContextManager[Reading]:
+        """
+        Read extents: exactly the bytes that were asked for, or an exception.
+
+        :param state_digest: Whether to state the digest of the bytes.
+        :param clip: Whether only those are meant that lie within the file.
+        """
+
+    @abstractmethod
+    def digest(self, extents: Sequence[Extent]) -> str:
+        """Read extents only to state their digest, as :meth:`read` does."""
+
+    @abstractmethod
+    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
+        """
+        Write extents, and compare what lies there afterwards with the digest of the reading, if it states one.
+
+        :param run: The run that has claimed the file, if one has.
+        :raises: :exc:`.DigestMismatchError` when that differs, :exc:`.TakenOverError` when the claim is lost.
+        """
+
+    @abstractmethod
+    def resize(self, size: int, run: str = "") -> None:
+        """Create the file (with its parent folders), grow or cut it."""
+
+    @abstractmethod
+    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
+        """
+        Let a run write to the file, and no earlier one any more.
+
+        :param create: Whether to create a missing file (an old server can't do that here).
+        :param mode: Whom a new file is for, at most (permission bits; the umask takes away some).
+        :returns: Whether that is possible here, and what the file is from then on.
+        """
+
+    @abstractmethod
+    def release(self, run: str) -> FileInfo:
+        """
+        End a claim. That it was lost or ended before is no error (:meth:`info` tells).
+
+        :returns: What the file is at the end.
+        """
+
+    @abstractmethod
+    def sync(self, run: str = "") -> None:
+        """
+        Flush the file to its disk.
+
+        :raises: :exc:`.ProgramError` also when it isn't known how that ended: an error of the disk is told only once.
+        """
+
+
+class LocalReplica(Replica):
+    """A file of this machine."""
+
+    is_near = True
+
+    def __init__(
+        self,
+        filename: str,
+        namespace: Namespace = MACHINE,
+        hashers: Hashers | None = None,
+        is_awaited: Callable[[], bool] | None = None,
+    ):
+        """
+        Initialize a replica (the file isn't looked at yet).
+
+        :param filename: The name of the file.
+        :param namespace: What the name means.
+        :param hashers: The threads that hash it (by default it gets some of its own).
+        :param is_awaited: Tells whether somebody still waits for what is read (by default somebody does).
+        """
+        self.filename = self.label = filename
+        self.namespace = namespace
+        self.hashers = hashers
+        self.is_awaited = is_awaited
+
+    def check(self) -> None:
+        """Raise what any use of the file would."""
+        self._open().close()
+
+    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
+        """See :meth:`Replica.info`."""
+        peer = PeerInfo(__version__, FEATURES, get_methods())
+        try:
+            with self._open() as file:
+                file.claims.check(run)
+                return file.info(), peer
+        except FileMissingError:
+            return FileInfo(exists=False), peer
+
+    def hashes(
+        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None
+    ) -> Generator[list[BlockDigest], None, None]:
+        """See :meth:`Replica.hashes`."""
+        get_hasher(method)
+        file = self._open()  # now, and not when the first digest is asked for
+        return self._hash(file, block_size, method, concurrency, start, file.size() if stop is None else stop)
+
+    def _hash(
+        self, file: LocalFile, block_size: int, method: str, concurrency: int, start: int, stop: int
+    ) -> Generator[list[BlockDigest], None, None]:
+        with file, nullcontext(self.hashers) if self.hashers else Hashers(concurrency) as hashers:
+            yield from hashers.hash(file, start, stop, block_size, method, concurrency)
+
+    @contextmanager
+    def read(self, extents: Sequence[Extent], state_digest: bool = False, clip: bool = False) -> Iterator[Reading]:
+        """See :meth:`Replica.read`."""
+        with self._open() as file:
+            if clip:
+                extents = [file.clip(extent) for extent in extents]
+            elif max(map(sum, extents), default=0) > file.size():
+                text = "Can't read all of {filename} that was asked for: it ends before an extent does"
+                raise RangeError(text, filename=self.label)
+            digest = file.digest(extents) if state_digest else ""
+            yield Reading(Stored(file, extents), digest, size=total_size(extents))
+
+    def digest(self, extents: Sequence[Extent]) -> str:
+        """See :meth:`Replica.digest`."""
+        with self._open() as file:
+            return file.digest(extents)
+
+    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
+        """See :meth:`Replica.write`."""
+        with self._open(write=True) as file:
+            file.write(extents, reading.chunks, reading.digest, run, reading.block_size)
+
+    def resize(self, size: int, run: str = "") -> None:
+        """See :meth:`Replica.resize`."""
+        if not self.file_id:
+            create_file(self.filename, self.namespace)
+        with self._open(write=True) as file, file.claims.writing(run):
+            file.resize(size)
+
+    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
+        """See :meth:`Replica.claim`."""
+        if create:
+            create_file(self.filename, self.namespace, mode)
+        with self._open(write=True) as file:
+            return file.claims.take(run), file.info()
+
+    def release(self, run: str) -> FileInfo:
+        """See :meth:`Replica.release`."""
+        with self._open(write=True) as file:
+            file.claims.release(run)
+            return file.info()
+
+    def sync(self, run: str = "") -> None:
+        """See :meth:`Replica.sync`."""
+        with self._open(write=True) as file:
+            file.claims.flush(run)
+        sync_folder(self.filename, self.namespace)
+
+    def _open(self, write: bool = False) -> LocalFile:
+        try:
+            file = LocalFile(self.filename, write, self.namespace, self.file_id, self.flush)
+        except ReplacedError as e:
+            raise self.describe_replacement(e) from e
+        file.is_awaited = self.is_awaited
+        return file

@@ -1,0 +1,219 @@
+"""
+How is a file served to clients elsewhere?
+
+The server serves a :class:`.Replica`: a view decodes a request, calls the method of the replica that has its name, and
+encodes the answer. There is no state between requests, so any request may be repeated, and processes may come and go.
+Whatever a client does wrong is answered with a problem (RFC 9457) and never with 500; what a client asks for is bounded
+by constants, not by its wishes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import flask
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException
+
+from pdiffcopy import answers, protocol
+from pdiffcopy.blocks import BlockDigest
+from pdiffcopy.cores import count_cores
+from pdiffcopy.digests import compute_digest
+from pdiffcopy.exceptions import AbsentError, AuthenticationError, ForbiddenError, ProgramError
+from pdiffcopy.files.confinement import Root
+from pdiffcopy.files.names import Namespace
+from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers
+from pdiffcopy.replica import LocalReplica, Reading
+from pdiffcopy.server.admission import NOTED, Gate
+from pdiffcopy.server.body import read_body, send_chunks, watch_client
+from pdiffcopy.words import check_query
+
+logger = logging.getLogger(__name__)
+
+_HASHERS = Hashers(count_cores(), Budget(16 * STRIPE_BLOCKS * count_cores()))
+"""The threads that hash for all clients of a process. What may wait is enough for four clients at full speed, some
+20 MiB a core."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator wants."""
+
+    root: str = ""
+    """The directory that names are resolved in (empty means all of the machine)."""
+    token: str = ""
+    read_only: bool = False
+    devices: bool = False
+    allow_hosts: tuple[str, ...] = ()
+    """The names by which clients may call the server, see :class:`.Gate`."""
+
+
+def create_app(settings: Settings, gate: Gate | None = None) -> Flask:
+    """
+    Make a WSGI application.
+
+    :param settings: What the operator wants.
+    :param gate: Who is a client (by default what the settings say).
+    """
+    views = _Views(settings, gate or Gate(settings.token, settings.allow_hosts))
+    application = Flask("pdiffcopy.server", static_folder=None)
+    application.before_request(views.authenticate)
+    application.after_request(_sign)
+    application.register_error_handler(Exception, _handle_error)
+    for kind in protocol.REQUESTS:
+        application.add_url_rule(
+            f"/{kind.endpoint}", kind.action, partial(views.handle, kind), methods=[kind.verb],
+            provide_automatic_options=False,
+        )  # fmt: skip
+    return application
+
+
+class _Views:
+    """What the endpoints do."""
+
+    def __init__(self, settings: Settings, gate: Gate):
+        self.settings = settings
+        self.gate = gate
+        devices = settings.devices
+        self.namespace = Root(settings.root, devices) if settings.root else Namespace(devices)
+
+    def authenticate(self) -> None:
+        """Decide whether somebody is a client, before any parameter or file is looked at."""
+        request = flask.request
+        authorization = request.headers.get("Authorization", "")
+        if authorization and not self.gate.knows(authorization) and not request.environ.get(NOTED):
+            self.gate.guesses.note(request.remote_addr or "")
+        self.gate.check(request.headers)
+        check_query(request.query_string, request.headers.get(protocol.REQUEST_HEADER, ""))
+
+    def handle(self, kind: type[protocol.Request]) -> Any:
+        """Decode a request, and pass it to the view that is named like the method of the replica."""
+        if kind.writes and self.settings.read_only:
+            raise ForbiddenError("This server is read-only")
+        request = kind.decode(flask.request.query_string, flask.request.headers)
+        replica = LocalReplica(request.filename, self.namespace, _HASHERS, watch_client(flask.request.environ))
+        replica.file_id, replica.flush = request.file_id, getattr(request, "flush", False)
+        return getattr(self, kind.action)(request, replica)
+
+    def info(self, request: protocol.InfoRequest, replica: LocalReplica) -> Any:
+        """``GET /info``"""
+        info, peer = replica.info(request.run)
+        document = answers.encode_info(info, replace(peer, writable=not self.settings.read_only))
+        if not info.exists:
+            return _problem(404, f"No such file: {request.filename}", document)
+        return document
+
+    def hashes(self, request: protocol.HashesRequest, replica: LocalReplica) -> Response:
+        """``GET /hashes``"""
+        stripes = replica.hashes(request.block_size, request.method, request.concurrency, request.offset)
+        lines = _report_hashes(stripes) if request.checks else map(answers.format_hashes, stripes)
+        response = Response(lines, mimetype="text/plain")
+        response.call_on_close(stripes.close)
+        return response
+
+    def read(self, request: protocol.ReadRequest, replica: LocalReplica) -> Response:
+        """``GET /blocks``"""
+        with ExitStack() as stack:
+            state_digest = request.digest and flask.request.method != "HEAD"
+            reading = stack.enter_context(replica.read(request.get_extents(), state_digest, not request.extents))
+            headers = {"Content-Length": str(reading.size if request.data else 0)}
+            if reading.digest:
+                headers[protocol.DIGEST_HEADER] = reading.digest
+            body = send_chunks(flask.request.environ, reading.chunks if request.data else ())
+            response = Response(body, headers=headers, mimetype="application/octet-stream")
+            response.call_on_close(stack.pop_all().close)
+            return response
+
+    def write(self, request: protocol.WriteRequest, replica: LocalReplica) -> Any:
+        """``POST /blocks``"""
+        length = flask.request.content_length
+        extents = request.get_extents(length)
+        body = read_body(flask.request.environ, length or 0)
+        replica.write(extents, Reading(body, request.digest, request.block_size), request.run)
+        return {answers.VERIFIED: bool(request.digest)}
+
+    def resize(self, request: protocol.ResizeRequest, replica: LocalReplica) -> Any:
+        """``POST /resize``"""
+        replica.resize(request.size, request.run)
+        return {"size": request.size}
+
+    def claim(self, request: protocol.ClaimRequest, replica: LocalReplica) -> Any:
+        """``POST /claim``"""
+        claimed, info = replica.claim(request.run, request.create, request.mode)
+        return {answers.CLAIMED: claimed, **info.as_dict()}
+
+    def release(self, request: protocol.ReleaseRequest, replica: LocalReplica) -> Any:
+        """``POST /release``"""
+        return {answers.CLAIMED: False, **replica.release(request.run).as_dict()}
+
+    def sync(self, request: protocol.SyncRequest, replica: LocalReplica) -> Response:
+        """``POST /sync``"""
+        replica.check()
+        return Response(_report_sync(partial(replica.sync, request.run)), mimetype="text/plain")
+
+
+def _report_hashes(stripes: Iterable[list[BlockDigest]]) -> Iterator[bytes]:
+    """Send hashes with checks. The status has been sent before it is known whether all of the file can be read."""
+    try:
+        yield from map(answers.format_checked, stripes)
+        yield answers.DONE.encode("ascii") + b"\n"
+    except AbsentError:
+        return
+    except ProgramError as e:
+        logger.error("%s", e)
+        yield answers.encode_report(e).encode("ascii")
+
+
+def _report_sync(work: Callable[[], None]) -> Iterator[str]:
+    """Flush a file in the background. The status has been sent before it is known how that ends."""
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(work)
+        while not wait([future], HEARTBEAT).done:
+            yield "\n"
+        error = future.exception()
+    if isinstance(error, ProgramError):
+        yield answers.encode_report(error)
+    elif error:
+        raise error
+    else:
+        yield f"{answers.DONE}\n"
+
+
+def _problem(status: int, detail: str, members: dict[str, Any] | None = None) -> Response:
+    title = HTTPStatus(status).phrase
+    return Response(answers.encode_problem(status, title, detail, members), status, mimetype=answers.PROBLEM_TYPE)
+
+
+def _sign(response: Response) -> Response:
+    """Say to which request an answer belongs. Nobody may keep it."""
+    response.headers["Cache-Control"] = "no-store"
+    if response.is_sequence:
+        response.headers[protocol.DIGEST_HEADER] = compute_digest(response.get_data())
+    if tag := flask.request.headers.get(protocol.REQUEST_HEADER, ""):
+        digest = response.headers.get(protocol.DIGEST_HEADER, "")
+        response.headers[protocol.ANSWER_HEADER] = answers.sign_answer(tag, response.status_code, digest)
+    return response
+
+
+def _handle_error(error: Exception) -> Response:
+    """The edge where exceptions become responses."""
+    if isinstance(error, HTTPException):
+        response = _problem(error.code or 500, error.description or "")
+        response.headers.extend((k, v) for k, v in error.get_headers() if k.lower() != "content-type")
+        return response
+    if not isinstance(error, ProgramError):
+        logger.exception("A bug, please report it:")
+        return _problem(500, "Internal error")
+    response = _problem(error.http_status, str(error))
+    if isinstance(error, AuthenticationError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if error.http_status >= 500:
+        logger.error("%s", error)
+    return response

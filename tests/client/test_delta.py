@@ -1,0 +1,321 @@
+"""The geometry of blocks, and how two streams of digests become work."""
+
+from __future__ import annotations
+
+import random
+from itertools import count, islice, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdiffcopy.blocks import Block, BlockDigest, Extent, block_length, count_blocks, halve
+from pdiffcopy.client import delta
+from pdiffcopy.client.delta import compare, in_order, make_batches
+from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.exceptions import ProtocolError
+
+BLOCK = 10
+
+
+def make_digests(size, block_size=BLOCK, start=0):
+    return [BlockDigest(offset, f"{offset:08x}") for offset in range(start, size, block_size)]
+
+
+def make_blocks(changes, block_size=BLOCK, last=None):
+    """A block for each flag (the last one may be shorter)."""
+    blocks = [Block(i * block_size, block_size, flag, f"{i:04x}") for i, flag in enumerate(changes)]
+    if blocks and last:
+        blocks[-1] = blocks[-1]._replace(size=last)
+    return blocks
+
+
+# Geometry {{{1
+
+
+@pytest.mark.parametrize(
+    "size, blocks, last",
+    [(0, 0, 0), (1, 1, 1), (9, 1, 9), (10, 1, 10), (11, 2, 1), (19, 2, 9), (20, 2, 10), (21, 3, 1), (57, 6, 7)],
+)
+def test_geometry(size, blocks, last):
+    """All blocks but the last one are whole, the last one has what remains, and there is nothing behind it."""
+    assert count_blocks(size, BLOCK) == blocks
+    lengths = [block_length(offset, size, BLOCK) for offset in range(0, size, BLOCK)]
+    assert lengths == [BLOCK] * (blocks - 1) + ([last] if blocks else [])
+    assert block_length(blocks * BLOCK, size, BLOCK) == 0
+    assert block_length((blocks + 7) * BLOCK, size, BLOCK) == 0
+
+
+def test_geometry_is_exact_for_huge_files():
+    """No rounding error, whatever the size."""
+    assert count_blocks(2**63 - 1, 3) == (2**63 + 1) // 3
+    assert block_length(2**63 - 2, 2**63 - 1, 2) == 1
+
+
+# Putting in order, distrusting {{{1
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 1000, 1005])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_digests_are_put_in_order(size, seed):
+    """The digests come out in the order of the file, in whatever order they came in."""
+    digests = make_digests(size)
+    expected = [digest for _, digest in digests]
+    random.Random(seed).shuffle(digests)
+    assert list(in_order(digests, 0, size, BLOCK)) == expected
+
+
+def test_order_can_begin_in_the_middle():
+    """A stream that is resumed begins at its own offset."""
+    assert list(in_order(reversed(make_digests(55, start=30)), 30, 55, BLOCK)) == ["0000001e", "00000028", "00000032"]
+    assert list(in_order([], 60, 60, BLOCK)) == []
+
+
+def test_digests_come_as_soon_as_they_can():
+    """A digest is passed on when all digests before it are known, without waiting for further ones."""
+
+    def stream():
+        yield BlockDigest(10, "bb")
+        yield BlockDigest(0, "aa")
+        raise AssertionError("too eager")
+
+    assert list(islice(in_order(stream(), 0, 100, BLOCK), 2)) == ["aa", "bb"]
+
+
+@pytest.mark.parametrize(
+    "digests",
+    [
+        [],
+        [(0, "aa")],
+        [(0, "aa"), (20, "cc")],
+        [(10, "bb"), (20, "cc")],
+        [(0, "aa"), (0, "aa"), (10, "bb"), (20, "cc")],
+        [(10, "bb"), (10, "bb"), (0, "aa"), (20, "cc")],
+        [(0, "aa"), (10, "bb"), (15, "cc")],
+        [(0, "aa"), (10, "bb"), (30, "cc")],
+        [(-10, "aa"), (0, "aa"), (10, "bb"), (20, "cc")],
+        [(0, "aa"), (10, "bbbb"), (20, "cc")],
+        [(0, "aa"), (10, ""), (20, "cc")],
+    ],
+    ids=[
+        "none", "end", "gap", "head", "twice", "early twice", "odd offset", "beyond", "negative", "longer", "empty",
+    ],
+)  # fmt: skip
+def test_impossible_digests_are_refused(digests):
+    """A block that is missing, comes twice, lies elsewhere or has a digest of another length is an error."""
+    with pytest.raises(ProtocolError, match="offset"):
+        list(in_order([BlockDigest(*item) for item in digests], 0, 25, BLOCK))
+
+
+def test_digests_before_the_start_are_refused():
+    """When a stream is resumed, what was there before can't come again."""
+    with pytest.raises(ProtocolError, match="offset 10"):
+        list(in_order(make_digests(50, start=10), 20, 50, BLOCK))
+
+
+def test_digests_of_an_empty_file_are_refused():
+    """Where there is no block, there is no digest."""
+    with pytest.raises(ProtocolError, match="impossible"):
+        list(in_order(make_digests(1), 0, 0, BLOCK))
+
+
+def test_digests_far_ahead_are_refused(monkeypatch):
+    """A peer can't fill the memory with digests while it owes the first one."""
+    monkeypatch.setattr(delta, "REORDER_WINDOW", 5)
+    late = [*make_digests(60, start=10), BlockDigest(0, "00000000")]
+    assert len(list(in_order(late, 0, 60, BLOCK))) == 6
+    endless = (BlockDigest(i * BLOCK, "00000000") for i in count(1))
+    with pytest.raises(ProtocolError, match="offset 60"):
+        list(in_order(endless, 0, 10**9, BLOCK))
+    assert next(endless).offset == 70
+
+
+def test_endless_digests_are_not_followed():
+    """What comes after the last block isn't even read."""
+    assert len(list(in_order((BlockDigest(i * BLOCK, "aa") for i in count()), 0, 995, BLOCK))) == 100
+
+
+@given(st.data())
+def test_any_damage_to_a_stream_is_noticed(data):
+    """Whatever a peer sends: either the digests come out in order and complete, or the stream is refused."""
+    size = data.draw(st.integers(0, 60))
+    items = st.tuples(st.integers(-20, 80), st.sampled_from(["aa", "bb", "abcd", ""]))
+    stream = [BlockDigest(*item) for item in data.draw(st.lists(items, max_size=10))]
+    stream += data.draw(st.permutations(make_digests(size)))
+    stream = [digest._replace(digest=digest.digest[:2]) for digest in stream]
+    wanted = [dict(stream[::-1]).get(offset) for offset in range(0, size, BLOCK)]
+    try:
+        assert list(in_order(stream, 0, size, BLOCK)) == wanted
+    except ProtocolError:
+        offsets = [offset for offset, _ in stream]
+        assert offsets != list(range(0, size, BLOCK))
+
+
+# Comparing {{{1
+
+
+@pytest.mark.parametrize(
+    "source, target, size, changed",
+    [
+        ("", "", 0, ""),
+        ("", "abc", 0, ""),
+        ("a", "", 1, "1"),
+        ("abc", "abc", 30, "000"),
+        ("abc", "axc", 30, "010"),
+        ("abc", "ab", 25, "001"),
+        ("abc", "", 21, "111"),
+        ("abc", "abcdef", 30, "000"),
+        ("ab", "xyz", 11, "11"),
+    ],
+)
+def test_compare(source, target, size, changed):
+    """Each block of the source is compared with its counterpart; without one it counts as changed."""
+    blocks = list(compare(iter(source), iter(target), size, BLOCK))
+    assert [(block.offset, block.size, block.digest) for block in blocks] == [
+        (i * BLOCK, block_length(i * BLOCK, size, BLOCK), digest) for i, digest in enumerate(source)
+    ]
+    assert [block.changed for block in blocks] == [flag == "1" for flag in changed]
+    assert sum(block.size for block in blocks) == size
+
+
+def test_compare_is_lazy():
+    """A block comes out as soon as both digests are known."""
+
+    def one_digest():
+        yield "aa"
+        raise AssertionError("too eager")
+
+    assert next(compare(one_digest(), one_digest(), 100, BLOCK)) == Block(0, 10, False, "aa")
+
+
+# Making batches {{{1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_limits():
+    """Limits that small tests reach."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delta, "BATCH_SIZE", 4 * BLOCK)
+        patch.setattr(delta, "HELD_BATCH_SIZE", 3 * BLOCK)
+        patch.setattr(delta, "COMPARE_WINDOW", 12 * BLOCK)
+        patch.setattr(delta, "FIRST_WINDOW", 8 * BLOCK)
+        patch.setattr(delta, "LOOK_WINDOW", 2 * BLOCK)
+        yield
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ("", []),
+        ("0", [[]]),
+        ("1", [[(0, 10)]]),
+        ("0110", [[(10, 20)]]),
+        ("10101", [[(0, 10), (20, 10), (40, 10)]]),
+        ("1111", [[(0, 40)]]),
+        ("11111", [[(0, 40)], [(40, 10)]]),
+        ("1101011", [[(0, 20), (30, 10), (50, 10)], [(60, 10)]]),
+        ("0" * 12, [[]]),
+        ("0" * 12 + "1", [[], [(120, 10)]]),
+        ("1" + "0" * 11 + "1", [[(0, 10)], [(120, 10)]]),
+    ],
+)
+def test_batches(changes, expected):
+    """Neighbours are joined, several extents travel together, and limits close a batch."""
+    batches = list(make_batches(make_blocks(flag == "1" for flag in changes)))
+    assert [[tuple(extent) for extent in batch.extents] for batch in batches] == expected
+
+
+def test_extents_of_a_batch_are_limited():
+    """An old peer takes one extent a request: neighbours are still joined."""
+    changes = [flag == "1" for flag in "110100111"]
+    batches = list(make_batches(make_blocks(changes), max_extents=1))
+    assert [batch.extents for batch in batches] == [(Extent(0, 20),), (Extent(30, 10),), (Extent(60, 30),)]
+
+
+def test_block_larger_than_a_batch_is_not_cut():
+    """A block travels whole, and alone."""
+    batches = list(make_batches(make_blocks([True] * 3, block_size=100)))
+    assert [batch.extents for batch in batches] == [(Extent(0, 100),), (Extent(100, 100),), (Extent(200, 100),)]
+
+
+@given(
+    changes=st.lists(st.booleans(), max_size=80),
+    block_size=st.sampled_from([1, 3, 10, 39, 40, 41, 130]),
+    short=st.booleans(),
+    max_extents=st.integers(1, 5),
+    keep=st.booleans(),
+    awaited=st.booleans(),
+)
+def test_batches_carry_exactly_what_changed(changes, block_size, short, max_extents, keep, awaited):
+    """The extents are the changed blocks, once each, in order; the limits hold; what was compared adds up."""
+    blocks = make_blocks(changes, block_size, last=1 if short else None)
+    batches = list(make_batches(blocks, max_extents, keep, lambda: awaited))
+    changed = [block for block in blocks if block.changed]
+
+    octets = [n for batch in batches for offset, size in batch.extents for n in range(offset, offset + size)]
+    assert octets == [n for block in changed for n in range(block.offset, block.offset + block.size)]
+
+    for batch in batches:
+        assert len(batch.extents) <= max_extents
+        limit = delta.BATCH_SIZE if max_extents > 1 and not keep else delta.HELD_BATCH_SIZE
+        assert batch.size <= max(limit, block_size)
+        assert batch.bytes_compared < delta.COMPARE_WINDOW + block_size
+        # Neighbours are joined within a batch.
+        assert all(sum(left) < right.offset for left, right in pairwise(batch.extents))
+        own = [b for b in changed if any(e.offset <= b.offset < e.offset + e.size for e in batch.extents)]
+        assert batch.blocks_changed == len(own)
+        assert batch.digest == digest_blockwise(b.digest for b in own)
+        assert batch.digests == (tuple(BlockDigest(b.offset, b.digest) for b in own) if keep else ())
+
+    assert sum(batch.blocks_compared for batch in batches) == len(blocks)
+    assert sum(batch.blocks_changed for batch in batches) == len(changed)
+    assert sum(batch.bytes_compared for batch in batches) == sum(block.size for block in blocks)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 1))
+def test_halves_are_the_whole(sizes):
+    """Both have the same size, none has an empty extent or more extents than there were, and no octet is lost."""
+    extents = [Extent(100 * index, size) for index, size in enumerate(sizes)]
+    halves = halve(extents)
+    left, right = (sum(extent.size for extent in half) for half in halves)
+    assert (left, right) == (sum(sizes) // 2, -(-sum(sizes) // 2))
+    assert all(extent.size > 0 for half in halves for extent in half)
+    assert max(map(len, halves)) <= len(extents)
+
+    def octets(extents):
+        return [n for offset, size in extents for n in range(offset, offset + size)]
+
+    assert octets(halves[0]) + octets(halves[1]) == octets(extents)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_batches_are_made_on_the_way(changed):
+    """Of an endless file, batches come out while blocks go in, and no more of it is read than a batch needs."""
+    taken = []
+
+    def endless():
+        for i in count():
+            taken.append(i)
+            yield Block(i * BLOCK, BLOCK, changed, "")
+
+    batches = make_batches(endless())
+    for number in range(1, 50):
+        batch = next(batches)
+        assert len(taken) <= number * 12 + 1
+        assert batch.size == (4 * BLOCK if changed else 0)
+        assert batch.bytes_compared == (4 if changed else 12) * BLOCK
+
+
+def test_awaited_batches_come_early():
+    """The first batch waits for a small part of the file only, each further one for a quarter more, up to a limit."""
+    batches = make_batches(make_blocks([False] * 52), is_awaited=lambda: True)
+    assert [batch.blocks_compared for batch in batches] == [8, 10, 12, 12, 10]
+
+
+def test_batches_fill_up_while_nobody_waits():
+    """Fewer requests move the same octets, and it's noticed soon when somebody begins to wait."""
+    looks = iter([False, True, False, False, True])
+    batches = make_batches(make_blocks([False] * 34), is_awaited=lambda: next(looks))
+    # Looks after 8 and 10 blocks, then after 10, then (at the limit of 12, whoever waits) not any more.
+    assert [batch.blocks_compared for batch in batches] == [10, 12, 12]
+    assert list(looks) == [False, True]

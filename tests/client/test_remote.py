@@ -1,0 +1,474 @@
+"""
+What becomes of answers of a server that are wrong, late or missing.
+
+(That the right ones are understood is shown in :mod:`tests.test_replica`.)
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from contextlib import contextmanager
+
+import pytest
+import xxhash
+
+from pdiffcopy.address import Address, parse_location
+from pdiffcopy.answers import PeerInfo, parse_checked
+from pdiffcopy.blocks import Extent
+from pdiffcopy.client import Network, http
+from pdiffcopy.client.http import HttpServer
+from pdiffcopy.client.remote import RemoteReplica
+from pdiffcopy.exceptions import (
+    AuthenticationError,
+    DigestMismatchError,
+    DiskFullError,
+    FileMissingError,
+    ForbiddenError,
+    ProgramError,
+    ProtocolError,
+    RemoteError,
+    TransientError,
+)
+from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.protocol import FEATURE_ANSWER, FEATURES
+from pdiffcopy.replica import LocalReplica, Reading
+from tests.support import find_free_port
+
+FILE = "/the file"
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """How long is waited between attempts is a matter of :mod:`pdiffcopy.client.retry`."""
+    monkeypatch.setattr("pdiffcopy.client.retry.FIRST_DELAY", 0.001)
+
+
+def make_replica(address: Address, **network) -> RemoteReplica:
+    return RemoteReplica(HttpServer(address, Network(**network)), address.filename)
+
+
+def digests_of(stream) -> list[str]:
+    return [digest for stripe in stream for _, digest in stripe]
+
+
+def answer(status: int = 200, body: bytes = b"", length: int | None = None, **headers: str) -> bytes:
+    """An HTTP response after which the connection is closed."""
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body) if length is None else length}", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def describe(size: int = 10, **server) -> bytes:
+    """An answer to ``/info`` (of a server that doesn't say to which request it belongs, since it doesn't look)."""
+    features = sorted(FEATURES - {FEATURE_ANSWER})
+    return answer(body=json.dumps({"size": size, "server": {"features": features, **server}}).encode())
+
+
+def check(*lines: bytes) -> bytes:
+    """A hash stream with its digest and its end."""
+    text = b"".join(lines)
+    return text + b"=%b\ndone\n" % xxhash.xxh3_128_hexdigest(text).encode()
+
+
+def problem(status: int, detail: str) -> bytes:
+    """A problem as RFC 9457 has it."""
+    return answer(status, json.dumps({"status": status, "detail": detail}).encode())
+
+
+@contextmanager
+def canned(*answers: bytes | None, **network):
+    """
+    A replica behind a server that gives these answers, one a connection, whatever it's asked.
+
+    None is an answer that never comes. Yields the replica and the list of the requests that arrived.
+    """
+    requests: list[bytes] = []
+    done = threading.Event()
+
+    def serve() -> None:
+        for canned_answer in answers:
+            with listener.accept()[0] as connection:
+                connection.settimeout(5)
+                requests.append(read_request(connection))
+                if canned_answer is None:
+                    done.wait(10)
+                else:
+                    connection.sendall(canned_answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        options = {"retries": 0, "timeout": 5, **network}
+        replica = make_replica(Address(FILE, "127.0.0.1", listener.getsockname()[1]), **options)
+        try:
+            yield replica, requests
+        finally:
+            done.set()
+            thread.join()
+            replica.server.close()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """The head and the body of a request."""
+    request = b""
+    while b"\r\n\r\n" not in request and (chunk := connection.recv(65536)):
+        request += chunk
+    head, _, body = request.partition(b"\r\n\r\n")
+    length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+    while len(body) < length and (chunk := connection.recv(65536)):
+        body += chunk
+        request += chunk
+    return request
+
+
+def read(replica: RemoteReplica, *extents: Extent, state_digest: bool = False) -> bytes:
+    with replica.read(extents, state_digest) as reading:
+        return b"".join(map(bytes, reading.chunks))
+
+
+# What is sent {{{1
+
+
+def test_local_file_is_sent_without_being_read(tmp_path, monkeypatch):
+    """The operating system moves the octets from the file to the connection."""
+    (tmp_path / "source").write_bytes(b"0123456789")
+    monkeypatch.delattr(LocalFile, "chunks")
+    source, extents = LocalReplica(str(tmp_path / "source")), [Extent(7, 3), Extent(0, 2)]
+    with canned(answer()) as (replica, requests), source.read(extents, state_digest=False) as reading:
+        replica.write(extents, reading)
+    assert b"Content-Length: 5\r\n" in requests[0] and requests[0].endswith(b"\r\n\r\n78901")
+
+
+def test_requests_are_spelled_the_frozen_way():
+    """One extent is an offset and a size, as an old server knows it."""
+    with canned(answer(body=b"0123456789"), answer(), answer()) as (replica, requests):
+        assert read(replica, Extent(5, 10)) == b"0123456789"
+        replica.write([Extent(7, 4)], Reading([b"da", b"ta"]))
+        replica.resize(9)
+    first, second, third = requests
+    assert first.startswith(b"GET /blocks?filename=%2Fthe+file&offset=5&size=10&nonce=")
+    assert second.startswith(b"POST /blocks?filename=%2Fthe+file&offset=7&nonce=")
+    assert b"Content-Length: 4\r\n" in second and second.endswith(b"\r\n\r\ndata")
+    assert b"chunked" not in second
+    assert third.startswith(b"POST /resize?filename=%2Fthe+file&size=9&nonce=")
+    assert b"Pdiffcopy-Digest" not in second
+
+
+def test_token_is_in_the_header_and_nowhere_else():
+    """Not in a URL, which ends up in logs."""
+    with canned(describe(), token="s3cret") as (replica, requests):
+        replica.info()
+    head, _, _ = requests[0].partition(b"\r\n")
+    assert b"s3cret" not in head
+    assert b"\r\nAuthorization: Bearer s3cret\r\n" in requests[0]
+
+
+def test_environment_has_no_say(monkeypatch):
+    """A proxy or a password file that's meant for browsers doesn't redirect copies."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{find_free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with canned(describe()) as (replica, _):
+        assert replica.info()[0].size == 10
+
+
+@pytest.mark.parametrize("location", ["[fe80::1%30]:8/x", "http://[fe80::1%2530]:8/x", "https://[fe80::1%30]:8/x"])
+def test_zone_of_an_address_stays_what_it_is(monkeypatch, location):
+    """%30 isn't a zero at the end of another address."""
+    hosts = []
+
+    def resolve(host, *args, **options):
+        hosts.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(RemoteError):
+        make_replica(parse_location(location), retries=0).info()
+    assert set(hosts) == {"fe80::1%30"}
+
+
+# Answers that say no {{{1
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, RemoteError), (401, AuthenticationError), (403, ForbiddenError), (404, FileMissingError),
+     (409, DigestMismatchError), (413, RemoteError), (416, RemoteError), (418, RemoteError), (500, RemoteError),
+     (501, RemoteError), (502, TransientError), (503, TransientError), (504, TransientError), (507, DiskFullError)],
+)  # fmt: skip
+def test_status_becomes_the_most_specific_error(status, kind):
+    """With the reason that the server gave, and the URL that it's about."""
+    with canned(problem(status, "because of this")) as (replica, _), pytest.raises(kind) as info:
+        replica.resize(1)
+    assert type(info.value) is kind
+    assert "because of this" in str(info.value)
+    assert replica.label in str(info.value)
+    assert info.value.status == status
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<h1>Not yours</h1>", b"{}", b"[]", b'{"detail": 5}', b"\xff\xfe", b"[" * 100000, b'{"detail": ["x"]}'],
+)
+def test_error_without_a_reason_is_named_by_its_status(body):
+    """The body of a proxy isn't shown, and can't do harm."""
+    with canned(answer(403, body)) as (replica, _), pytest.raises(ForbiddenError, match="Forbidden"):
+        replica.resize(1)
+    with canned(answer(799, body)) as (replica, _), pytest.raises(RemoteError, match="HTTP status 799"):
+        replica.resize(1)
+
+
+def test_reason_of_a_server_is_escaped():
+    """What a server says can't move the cursor or forge a line."""
+    with canned(problem(403, "a\n\x1b[2Jb")) as (replica, _), pytest.raises(ForbiddenError) as info:
+        replica.resize(1)
+    assert "\n" not in str(info.value) and "\x1b" not in str(info.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(status):
+    """Nobody gets our octets or our token but the server that was named."""
+    with canned(answer(status, Location="http://127.0.0.1:1/x"), token="x") as (replica, requests):
+        with pytest.raises(RemoteError):
+            replica.info()
+    assert len(requests) == 1
+
+
+# Answers that are none {{{1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"5", b'"x"', b"{}", b'{"size": "5"}', b'{"size": -1}', b'{"size": 1.5}', b'{"size": null}',
+     b'{"size": true}', b'{"size": 9223372036854775808}', b'{"size": 5, "mtime_ns": "x"}', b'{"size": 5, "server": []}',
+     b"<html>", b"\xff", b"[" * 100000],
+)  # fmt: skip
+def test_nonsense_about_a_file_is_refused(body):
+    """What isn't the answer of a pdiffcopy server isn't believed."""
+    with canned(answer(body=body)) as (replica, _), pytest.raises(ProtocolError):
+        replica.info()
+
+
+def test_endless_document_is_refused():
+    """A server can't fill our memory with its answer to a small question."""
+    with canned(answer(body=b" " * (2 * 1024 * 1024))) as (replica, _), pytest.raises(ProtocolError, match="document"):
+        replica.info()
+
+
+@pytest.mark.parametrize("length", [0, 9, 11, 10**12])
+def test_wrong_number_of_octets_is_refused(length):
+    """It's the announced length that counts, before anything is written anywhere."""
+    response = answer(body=b"x" * min(length, 20), length=length)
+    with canned(response) as (replica, _), pytest.raises(ProtocolError, match="instead of 10"):
+        read(replica, Extent(0, 10))
+
+
+def test_octets_of_unknown_number_are_refused():
+    """A stream without a length may be cut anywhere, and nobody would notice."""
+    chunked = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n"
+    with canned(chunked) as (replica, _), pytest.raises(ProtocolError, match="unknown number"):
+        read(replica, Extent(0, 10))
+
+
+def test_octets_that_end_early_are_transient():
+    """The connection broke: it's worth another try."""
+    with canned(answer(body=b"01234", length=10)) as (replica, _), pytest.raises(TransientError):
+        read(replica, Extent(0, 10))
+
+
+def test_malformed_digest_is_refused():
+    """What the header carries has to be a digest."""
+    with canned(answer(body=b"0123456789", Pdiffcopy_Digest="nonsense")) as (replica, _):
+        with pytest.raises(ProgramError, match="hexadecimal"):
+            read(replica, Extent(0, 10), state_digest=True)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b"", b"0\taa\n", b"0\taa\n0\taa\n", b"0\taa\n5\tbb", b"0\taa\n3\tbb\n", b"0\taa\n5\tbbbb\n", b"0 aa\n5 bb\n",
+     b"0\taa\n-5\tbb\n", b"0\tzz\n5\tbb\n", b"\n\n", b"<html>\n", b"0\t" + b"a" * 5000, b"00\taa\n05\tbb\n"],
+)  # fmt: skip
+def test_impossible_hashes_are_refused(lines):
+    """Missing, repeated, cut, misplaced, of different lengths, malformed: none of it is believed."""
+    for features, body in ([], lines), (["resume"], lines), (["resume"], check(lines)):
+        with canned(describe(features=features), answer(body=body)) as (replica, _):
+            with pytest.raises((ProtocolError, TransientError)):
+                digests_of(replica.hashes(5, "md5", 1, stop=10))
+    assert list(parse_checked([check(b"0\taa\n", b"5\tbb\n")])) == [(0, "aa"), (5, "bb")]
+
+
+def test_damaged_hashes_are_asked_for_again():
+    """A digit that arrived wrong would have a block moved that is equal, or one left alone that isn't."""
+    damaged = answer(body=check(b"0\taa\n", b"5\tbb\n").replace(b"bb", b"bc"))
+    with canned(describe(), damaged, answer(body=check(b"0\taa\n", b"5\tbb\n")), retries=1) as (replica, requests):
+        assert digests_of(replica.hashes(5, "md5", 1, stop=10)) == ["aa", "bb"]
+    assert len(requests) == 3
+
+
+def test_hashes_that_end_with_a_problem_tell_the_reason():
+    """The status had been sent before the disk turned out to be bad."""
+    body = b'0\taa\n\n{"status": 507, "detail": "no room"}\n'
+    with canned(describe(), answer(body=body)) as (replica, _), pytest.raises(DiskFullError, match="no room"):
+        digests_of(replica.hashes(5, "md5", 1, stop=10))
+
+
+def test_answer_to_another_request_is_not_believed():
+    """Errors included: it's asked again, on another connection."""
+    features = sorted(FEATURES)
+    told = answer(body=json.dumps({"size": 10, "server": {"features": features}}).encode())
+    for foreign in (told, answer(body=b'{"size": 10}', Pdiffcopy_Answer="0" * 32), answer(404, Pdiffcopy_Answer="0")):
+        with canned(foreign, describe(), retries=1) as (replica, requests):
+            assert replica.info()[0].exists
+        assert len(requests) == 2
+
+
+def test_error_of_a_proxy_says_nothing_of_the_file():
+    """A server that signs its answers hasn't said that there is no such file."""
+    with canned(answer(404, b"<h1>Not here</h1>")) as (replica, _):
+        replica.server.peer = PeerInfo(features=FEATURES)
+        with pytest.raises(RemoteError) as info:
+            replica.pinned("1:1").info()
+        assert type(info.value) is RemoteError
+
+
+def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
+    """The file is longer there, which is no mistake; more lines than its size allows are one."""
+    with canned(describe(20, features=[]), answer(body=b"15\tdd\n5\tbb\n0\taa\n10\tcc\n")) as (replica, _):
+        assert digests_of(replica.hashes(5, "md5", 1, stop=10)) == ["aa", "bb"]
+    lines = b"".join(b"%i\taa\n" % offset for offset in range(5, 100000, 5))
+    with canned(describe(20, features=[]), answer(body=lines)) as (replica, _):
+        with pytest.raises(ProtocolError, match="more hashes"):
+            digests_of(replica.hashes(5, "md5", 1, stop=10))
+
+
+# Connections that fail {{{1
+
+
+def test_hashes_go_on_where_they_broke_off():
+    """What is known isn't hashed again by a server that can resume, and is skipped for one that can't."""
+    first = answer(body=check(b"0\taa\n", b"5\tbb\n")[:-5], length=100)
+    rest = answer(body=check(b"10\tcc\n", b"15\tdd\n"))
+    with canned(describe(20), first, rest, retries=1) as (replica, requests):
+        assert digests_of(replica.hashes(5, "md5", 1, stop=20)) == ["aa", "bb", "cc", "dd"]
+    assert b"&offset=10&" in requests[2].splitlines()[0]
+    first = answer(body=b"0\taa\n5\tbb\n", length=100)
+    everything = answer(body=b"15\tdd\n10\tcc\n5\tbb\n0\taa\n")
+    with canned(describe(20, features=[]), first, everything, retries=1) as (replica, requests):
+        assert digests_of(replica.hashes(5, "md5", 1, stop=20)) == ["aa", "bb", "cc", "dd"]
+    assert b"offset" not in requests[2].splitlines()[0]
+
+
+@pytest.mark.parametrize("failure", [b"", b"garbage\r\n\r\n", answer(503), answer(502, b"<html>"), answer(504)])
+def test_small_requests_are_repeated(failure):
+    """As many times as the user allows, then it's an error."""
+    with canned(failure, failure, describe(), retries=2) as (replica, requests):
+        assert replica.info()[0].size == 10
+    assert len(requests) == 3
+    with canned(failure, failure, retries=1) as (replica, _), pytest.raises(TransientError):
+        replica.info()
+
+
+@pytest.mark.parametrize("failure", [answer(500), answer(403), answer(body=b"nonsense")])
+def test_what_would_not_help_is_not_repeated(failure):
+    """An answer is an answer."""
+    with canned(failure, retries=5) as (replica, requests), pytest.raises(ProgramError):
+        replica.info()
+    assert len(requests) == 1
+
+
+def test_server_that_has_never_answered_is_given_up_soon():
+    """A wrong port is no restart: three attempts, however many are allowed later on."""
+    with canned(b"", b"", b"", retries=30) as (replica, requests), pytest.raises(TransientError):
+        replica.info()
+    assert len(requests) == 3
+    with canned(describe(), *[b""] * 5, describe(), retries=5) as (replica, requests):
+        replica.info()
+        assert replica.info()[0].size == 10
+    assert len(requests) == 7
+
+
+def test_firewall_that_drops_is_told_from_a_slow_server(monkeypatch):
+    """To connect takes less patience than to answer."""
+    monkeypatch.setattr(http, "FIRST_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address), pytest.raises(TransientError, match="no connection within 0.2 seconds"):
+            make_replica(Address(FILE, *address), retries=0).info()
+
+
+@pytest.mark.parametrize(("code", "kind"), [(socket.EAI_AGAIN, TransientError), (socket.EAI_NONAME, RemoteError)])
+def test_name_server_that_is_down_may_come_back(monkeypatch, code, kind):
+    """A name that doesn't exist is another matter."""
+
+    def resolve(*args, **options):
+        raise socket.gaierror(code, "no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(kind) as info:
+        make_replica(Address(FILE, "host.invalid"), retries=0).info()
+    assert type(info.value) is kind
+
+
+def test_silence_is_an_error():
+    """A server that never answers costs the timeout and not the evening."""
+    with canned(None, timeout=0.2) as (replica, _), pytest.raises(TransientError, match="no sign of life for 0.2"):
+        replica.info()
+
+
+def test_refused_connection_is_one_line():
+    """The reason is that of the operating system, not the inside of a library."""
+    port = find_free_port()
+    replica = make_replica(Address(FILE, "127.0.0.1", port), retries=0)
+    with pytest.raises(TransientError) as info:
+        replica.info()
+    assert str(info.value) == f"http://127.0.0.1:{port}/the%20file: can't exchange info with the server: " \
+                              "Connection refused"  # fmt: skip
+
+
+def test_unknown_host_is_final():
+    """A name that doesn't exist won't exist in a second (RFC 6761 reserves .invalid)."""
+    replica = make_replica(Address(FILE, "nothing.invalid"), retries=3)
+    with pytest.raises(RemoteError) as info:
+        replica.info()
+    assert type(info.value) is RemoteError
+    assert "nothing.invalid" in str(info.value)
+
+
+# Flushing {{{1
+
+
+@pytest.mark.parametrize("body", [b"done\n", b"\n\n\ndone\n"])
+def test_flush_that_is_done(body):
+    """Empty lines keep the connection alive in the meantime."""
+    with canned(answer(body=body)) as (replica, _):
+        replica.sync()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "reason"),
+    [(b"", ProtocolError, "isn't one"), (b"\n\n", ProtocolError, "isn't one"), (b"done\nnot\n", ProtocolError, "isn't"),
+     (b'\n{"status": 507, "detail": "no room"}\n', DiskFullError, "no room"), (b'{"detail": "x"}', RemoteError, "x")],
+)  # fmt: skip
+def test_flush_that_is_not_done_is_an_error(body, kind, reason):
+    """The status had been sent before it was known: it's the last line that counts."""
+    with canned(answer(body=body)) as (replica, _), pytest.raises(kind, match=reason):
+        replica.sync()
+
+
+@pytest.mark.parametrize("failure", [b"", answer(503), answer(504), answer(body=b"\n", length=10)])
+def test_flush_of_unknown_outcome_has_failed(failure):
+    """The answer that got lost may have been the only one to tell that the disk failed: it isn't asked for again."""
+    with canned(failure, retries=5) as (replica, requests), pytest.raises(RemoteError, match="isn't known"):
+        replica.sync()
+    assert len(requests) == 1
+
+
+def test_connections_belong_to_a_process(monkeypatch):
+    """A process that is forked opens its own: two that read from one socket would take the answers from each other."""
+    server = HttpServer(Address(FILE, "127.0.0.1", 1), Network())
+    ours = server.session
+    assert server.session is ours
+    monkeypatch.setattr(http.os, "getpid", lambda: 0)
+    assert server.session is not ours

@@ -1,0 +1,314 @@
+"""Tests for :mod:`pdiffcopy.replica`: one suite over the local and the remote replica."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+
+import pytest
+import xxhash
+
+from pdiffcopy.address import Address
+from pdiffcopy.blocks import Extent, FileInfo
+from pdiffcopy.client import Network
+from pdiffcopy.client.servers import Servers
+from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.exceptions import (
+    DigestMismatchError,
+    FileMissingError,
+    ForbiddenError,
+    ProgramError,
+    TakenOverError,
+)
+from pdiffcopy.protocol import FEATURES
+from pdiffcopy.replica import LocalReplica, Reading, Replica
+from tests.support import make_data, snapshot, write_pattern
+
+BLOCK = 4096
+NAME = "the 50% file+#?&.img"
+
+
+@pytest.fixture(params=["local", "remote"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where the file of the replica is."""
+    return tmp_path / "folder" / NAME
+
+
+@pytest.fixture
+def replica(kind, request, path) -> Replica:
+    """A replica of a file that doesn't exist yet, nor does its folder."""
+    if kind == "local":
+        return LocalReplica(str(path))
+    server = request.getfixturevalue("server")
+    address = Address(str(path), "127.0.0.1", server.port)
+    return Servers(Network(retries=0, timeout=20)).open(address)
+
+
+@pytest.fixture
+def data(path) -> bytes:
+    """The contents of the file, which is there now."""
+    path.parent.mkdir()
+    return write_pattern(path, 3 * BLOCK + 100)
+
+
+def read(replica: Replica, *extents: Extent) -> bytes:
+    """All octets of some extents."""
+    with replica.read(extents, state_digest=False) as reading:
+        return b"".join(map(bytes, reading.chunks))
+
+
+def digests_of(stream) -> list[str]:
+    """The digests of all blocks of a stream."""
+    return [digest for stripe in stream for _, digest in stripe]
+
+
+# The conformance suite {{{1
+
+
+def test_info_of_a_missing_file(replica):
+    """That there's no file is an answer and not an error."""
+    info, peer = replica.info()
+    assert info == FileInfo(exists=False)
+    assert peer.writable
+
+
+def test_info_tells_size_time_and_identity(replica, path, data):
+    """All that a run watches: it's the same for the same file, and changes with it."""
+    info, _ = replica.info()
+    assert (info.exists, info.size, info.resizable) == (True, len(data), True)
+    assert info.mtime_ns == path.stat().st_mtime_ns
+    assert replica.info()[0] == info
+    os.utime(path, ns=(1, 1))
+    assert replica.info()[0] != info
+    write_pattern(path.parent / "other", len(data))
+    os.utime(path.parent / "other", ns=(1, 1))
+    before = replica.info()[0]
+    os.replace(path.parent / "other", path)
+    after = replica.info()[0]
+    assert (before.size, before.mtime_ns) == (after.size, after.mtime_ns)
+    assert before.file_id != after.file_id
+
+
+def test_info_tells_what_its_side_can_do(replica, data):
+    """Both kinds can do all there is."""
+    _, peer = replica.info()
+    assert peer.features == FEATURES >= {"digest", "extents", "resume", "sync"}
+    assert {"sha1", "md5", "xxh128", "blake3"} <= peer.methods
+
+
+@pytest.mark.parametrize("block_size", [1000, BLOCK, 3 * BLOCK + 100, 10**6])
+@pytest.mark.parametrize("method", ["sha1", "xxh128"])
+def test_hashes_come_in_order(replica, data, method, block_size):
+    """A digest a block, the last one for what's left."""
+    new = xxhash.xxh3_128 if method == "xxh128" else hashlib.sha1
+    expected = [new(data[o : o + block_size]).hexdigest() for o in range(0, len(data), block_size)]
+    assert digests_of(replica.hashes(block_size, method, 2, stop=len(data))) == expected
+
+
+def test_hashes_of_the_beginning(replica, data):
+    """As many blocks as the size that was asked for takes."""
+    digests = digests_of(replica.hashes(BLOCK, "md5", 2, stop=2 * BLOCK))
+    assert digests == [hashlib.md5(data[o : o + BLOCK]).hexdigest() for o in (0, BLOCK)]
+    assert digests_of(replica.hashes(BLOCK, "md5", 2, stop=0)) == []
+
+
+def test_hashes_to_the_end(replica, data):
+    """Where nobody says where to stop, it's where the file does; and one may begin in the middle."""
+    (stripe,) = [stripe for stripe in replica.hashes(BLOCK, "md5", 2, 3 * BLOCK) if stripe]
+    assert stripe == [(3 * BLOCK, hashlib.md5(data[3 * BLOCK :]).hexdigest())]
+
+
+def test_hashes_stop_when_nobody_wants_more(replica, path, data):
+    """A stream that isn't read to its end is cleaned up, and the replica goes on working."""
+    os.truncate(path, 100 * 1024 * 1024)
+    stream = replica.hashes(BLOCK, "sha1", 2, stop=100 * 1024 * 1024)
+    first = next(stripe for stripe in stream if stripe)
+    assert first[0] == (0, hashlib.sha1(data[:BLOCK]).hexdigest())
+    stream.close()
+    assert replica.info()[0].size == 100 * 1024 * 1024
+    assert not [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+
+
+def test_hashes_of_a_missing_file(replica):
+    """There's nothing to hash."""
+    with pytest.raises(FileMissingError):
+        list(replica.hashes(BLOCK, "sha1", 2, stop=100))
+
+
+@pytest.mark.parametrize(
+    "extents",
+    [
+        [(0, 1)],
+        [(0, 3 * BLOCK + 100)],
+        [(BLOCK, BLOCK)],
+        [(3 * BLOCK, 100)],
+        [(0, 10), (20, 5), (3 * BLOCK + 99, 1)],
+        [(100, 1), (0, 1)],
+    ],
+)
+def test_extents_are_read_exactly(replica, data, extents):
+    """The octets of all extents, one after the other."""
+    expected = b"".join(data[offset : offset + size] for offset, size in extents)
+    assert read(replica, *(Extent(*extent) for extent in extents)) == expected
+
+
+def test_no_extents_no_octets(replica, data):
+    """Nothing asked for, nothing given."""
+    assert read(replica) == b""
+
+
+@pytest.mark.parametrize("extents", [[(0, 10)], [(5, 7), (100, 3 * BLOCK)]])
+def test_digest_is_stated_on_request(replica, data, extents):
+    """XXH128 of all octets of the reading."""
+    extents = [Extent(*extent) for extent in extents]
+    with replica.read(extents, state_digest=True) as reading:
+        octets = b"".join(map(bytes, reading.chunks))
+        assert reading.digest == xxhash.xxh3_128_hexdigest(octets)
+    with replica.read(extents, state_digest=False) as reading:
+        assert reading.digest == ""
+        assert b"".join(map(bytes, reading.chunks)) == octets
+
+
+@pytest.mark.parametrize("extents", [[(3 * BLOCK, 101)], [(10 * BLOCK, 1)], [(0, 1), (3 * BLOCK, 101)]])
+def test_reading_beyond_the_end_is_an_error(replica, data, extents):
+    """Fewer octets than asked for would go to the wrong places."""
+    with pytest.raises(ProgramError):
+        read(replica, *(Extent(*extent) for extent in extents))
+
+
+def test_extents_may_be_clipped(replica, data):
+    """Where less will do, a reading tells how much there is."""
+    for extent, expected in ((Extent(3 * BLOCK, BLOCK), data[3 * BLOCK :]), (Extent(10 * BLOCK, 1), b"")):
+        with replica.read([extent], clip=True) as reading:
+            assert (reading.size, b"".join(map(bytes, reading.chunks))) == (len(expected), expected)
+
+
+def test_reading_a_missing_file_is_an_error(replica):
+    """The most specific error there is."""
+    with pytest.raises(FileMissingError):
+        read(replica, Extent(0, 1))
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+@pytest.mark.parametrize("digest", [False, True])
+def test_extents_are_written(replica, path, data, cut, digest):
+    """The octets go where they belong however they're cut, and nothing else changes."""
+    octets = make_data(1500, 3)
+    chunks = [octets[i : i + cut] for i in range(0, len(octets), cut)]
+    reading = Reading(chunks, xxhash.xxh3_128_hexdigest(octets) if digest else "")
+    replica.write([Extent(10, 1000), Extent(2 * BLOCK, 499), Extent(3 * BLOCK + 99, 1)], reading)
+    expected = bytearray(data)
+    expected[10:1010] = octets[:1000]
+    expected[2 * BLOCK : 2 * BLOCK + 499] = octets[1000:1499]
+    expected[-1] = octets[1499]
+    assert path.read_bytes() == bytes(expected)
+
+
+def test_wrong_digest_is_noticed(replica, data):
+    """What lies in the file isn't what the sender states."""
+    with pytest.raises(DigestMismatchError):
+        replica.write([Extent(0, 4)], Reading([b"data"], xxhash.xxh3_128_hexdigest(b"dada")))
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_blockwise_digest_is_compared(replica, path, data, cut):
+    """The digest of the digests of the blocks does as well, wherever the octets were cut."""
+    octets = make_data(2 * BLOCK + 100, 3)
+    extents = [Extent(0, BLOCK), Extent(2 * BLOCK, BLOCK + 100)]
+    chunks = [octets[i : i + cut] for i in range(0, len(octets), cut)]
+    blocks = (octets[i : i + BLOCK] for i in range(0, len(octets), BLOCK))
+    digest = digest_blockwise(map(xxhash.xxh3_128_hexdigest, blocks))
+    replica.write(extents, Reading(chunks, digest, BLOCK))
+    assert path.read_bytes() == octets[:BLOCK] + data[BLOCK : 2 * BLOCK] + octets[BLOCK:]
+    for wrong in (Reading(chunks, digest), Reading(chunks, digest, BLOCK + 1), Reading(chunks[::-1], digest, BLOCK)):
+        with pytest.raises(DigestMismatchError):
+            replica.write(extents, wrong)
+
+
+def test_writing_to_a_missing_file_is_an_error(replica, path):
+    """A file is made by resizing, and only by that."""
+    with pytest.raises(FileMissingError):
+        replica.write([Extent(0, 4)], Reading([b"data"]))
+    assert not path.exists()
+
+
+def test_failure_of_the_source_is_passed_on(replica, data):
+    """When the octets end in an error, it's that error that counts, and the replica goes on working."""
+
+    def chunks():
+        yield b"da"
+        raise ForbiddenError("the source fails")
+
+    with pytest.raises(ForbiddenError, match="the source fails"):
+        replica.write([Extent(0, 4)], Reading(chunks()))
+    assert replica.info()[0].size == len(data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * BLOCK + 100, 10 * BLOCK])
+def test_resize_grows_and_cuts(replica, path, data, size):
+    """What's kept stays as it was, what's new is zeros."""
+    replica.resize(size)
+    assert path.read_bytes() == data[:size].ljust(size, b"\0")
+
+
+def test_resize_makes_file_and_folders(replica, path):
+    """Nothing has to be there beforehand."""
+    replica.resize(5)
+    assert path.read_bytes() == bytes(5)
+
+
+def test_claim_and_release_tell_what_the_file_is(replica, path, data):
+    """Nobody has to ask for that once more. Only one run at a time has a claim, and none has it after its end."""
+    for run in ("aa", "bb"):
+        assert replica.claim(run) == (True, replica.info()[0])
+    replica.release("aa")
+    with pytest.raises(TakenOverError):
+        replica.info("aa")
+    replica.resize(BLOCK, "bb")
+    assert replica.info("bb")[0].size == BLOCK
+    for _ in range(2):
+        replica.release("bb")
+    with pytest.raises(TakenOverError):
+        replica.info("bb")
+
+
+def test_claim_of_a_missing_file_is_an_error(replica, path):
+    """It creates nothing, and neither does the end of a claim."""
+    for action in (replica.claim, replica.release):
+        with pytest.raises(FileMissingError):
+            action("aa")
+    assert not path.parent.exists()
+
+
+def test_sync_leaves_the_file_as_it_is(replica, path, data):
+    """It's flushed, not changed."""
+    before = snapshot(path)
+    replica.sync()
+    assert snapshot(path) == before
+
+
+def test_sync_of_a_missing_file_is_an_error(replica):
+    """There's nothing to flush."""
+    with pytest.raises(FileMissingError):
+        replica.sync()
+
+
+def test_folder_is_refused(replica, path):
+    """A folder isn't a file, whatever one wants to do with it."""
+    path.mkdir(parents=True)
+    for action in (
+        replica.info,
+        lambda: list(replica.hashes(1, "sha1", 1, stop=1)),
+        lambda: read(replica, Extent(0, 1)),
+        lambda: replica.write([Extent(0, 1)], Reading([b"x"])),
+        lambda: replica.resize(1),
+        replica.sync,
+    ):
+        with pytest.raises(ProgramError, match="neither a regular file nor a block device"):
+            action()
