@@ -36,9 +36,11 @@ lowest: ## The same, with the oldest libraries that are admitted
 coverage: $(VENV)/.stamp-tests ## The same, and show what they leave out (takes three times as long)
 	@$(BIN)/python -m pytest -q -n 4 --cov
 
-check: $(VENV)/.stamp-checks ## Let ruff and mypy look for mistakes
+check: $(VENV)/.stamp-checks ## Let ruff and mypy look for mistakes, and compare the code with its picture
 	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
+	@$(BIN)/python scripts/picture.py
 
 docs: $(VENV)/.stamp-docs ## Build the documentation in docs/_build/html (warnings are errors)
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
