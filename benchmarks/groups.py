@@ -40,7 +40,7 @@ SMALL_SIZE = 10 * MEBIBYTE
 LINKS = {"1 Gbit/s": 10**9, "100 Mbit/s": 10**8}
 """The bandwidths in bits per second."""
 DELAY = 0.025
-"""How long an octet is on the long wire, in seconds."""
+"""How long a byte is on the long wire, in seconds."""
 RELAY, LONG_RELAY = "relay", "relay, 50 ms"
 MEMORY_PERCENT = 1
 MEMORY_RATIO = 16
@@ -156,7 +156,7 @@ class Suite:
         self.bench.results.add(case, sample)
 
     def wire(self) -> None:
-        """The octets on the wire."""
+        """The bytes on the wire."""
         for direction in BOTH:
             for percent in (0, 10):
                 for contender in (SHA1, XXH128):

@@ -2,11 +2,11 @@
 What does a long wire do to a run, and what goes over it?
 
 Usage: ``python -m benchmarks.relay LISTEN_PORT SERVER_PORT DELAY`` passes on connections to a server on loopback.
-Each octet arrives DELAY seconds after it was sent, in both directions; there's no limit to how many are under way
+Each byte arrives DELAY seconds after it was sent, in both directions; there's no limit to how many are under way
 in between, so bandwidth doesn't suffer. A client can't be kept waiting for the handshake of a connection that is
 accepted at once; what it sends first is delayed by that much more instead.
 
-On SIGTERM the relay prints what it has seen as one JSON object: ``sent`` and ``received`` (octets from the client
+On SIGTERM the relay prints what it has seen as one JSON object: ``sent`` and ``received`` (bytes from the client
 and to it), ``connections``, and ``exchanges``: how often a client spoke after the server had (that's the number of
 requests, if none is sent before the answer to the one before it).
 
@@ -51,8 +51,8 @@ class Relay:
         """What all connections have seen."""
         return {
             "connections": len(self.connections),
-            "sent": sum(connection.octets["up"] for connection in self.connections),
-            "received": sum(connection.octets["down"] for connection in self.connections),
+            "sent": sum(connection.payload["up"] for connection in self.connections),
+            "received": sum(connection.payload["down"] for connection in self.connections),
             "exchanges": sum(connection.exchanges for connection in self.connections),
         }
 
@@ -61,7 +61,7 @@ class Connection:
     """One connection of a client, and the one to the server that belongs to it."""
 
     def __init__(self, client: socket.socket, server: socket.socket, delay: float):
-        self.octets = {"up": 0, "down": 0}
+        self.payload = {"up": 0, "down": 0}
         self.exchanges = 0
         self.last_direction = "down"
         for sock in (client, server):
@@ -87,7 +87,7 @@ class Connection:
             if chunk and direction != self.last_direction:
                 self.exchanges += direction == "up"
                 self.last_direction = direction
-            self.octets[direction] += len(chunk)
+            self.payload[direction] += len(chunk)
             wire.put((max(time.monotonic(), begin) + delay, chunk))
             if not chunk:
                 return

@@ -161,7 +161,7 @@ class RelayServer(Server):
         Initialize a relay.
 
         :param server: Where it passes connections on to.
-        :param delay: How long each octet is on its way, in seconds.
+        :param delay: How long each byte is on its way, in seconds.
         """
         super().__init__(server.folder)
         self.server = server

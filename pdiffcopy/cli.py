@@ -1,26 +1,25 @@
 """
 Usage: pdiffcopy [OPTIONS] [SOURCE TARGET]
 
-Bring one large file in line with another one, on this server or elsewhere: both are hashed on many cores, and only
-the blocks that differ are moved, many at a time.
+Make TARGET equal to SOURCE: large files, on this server or on others. Both are hashed on many cores, and only the
+blocks that differ move, many at a time.
 
-SOURCE is read, TARGET is written. Each is the pathname of a local file, or the location of a file behind a pdiffcopy
-server: 'host:/path', 'host:port/path', '[v6]:port/path' (as it is) or 'http://host:port/path', 'https://...'
-(percent-encoded). The default port is 8080. A local file with a colon before the first slash of its name is written
-'./host:8080/x'.
+Each of the two is the pathname of a local file, or the location of a file behind a pdiffcopy server: 'host:/path',
+'host:port/path', '[v6]:port/path' (as it is) or 'http://host:port/path', 'https://...' (percent-encoded). The default
+port is 8080. Write './host:8080/x' for a local file with a colon before the first slash of its name.
 
-Without SOURCE and TARGET the server is started.
+Without SOURCE and TARGET the program is the server.
 
 Supported options:
 
   -b, --block-size=BYTES
 
-    How much is compared and moved as one unit: a number of bytes, or something like 64KiB or 4MiB (defaults to 1 MiB).
+    The unit of comparing and moving: a number of bytes, or something like 64KiB or 4MiB (defaults to 1 MiB).
 
   -m, --hash-method=NAME
 
-    How blocks are compared: any hash method of Python's hashlib that has a fixed length, 'xxh128' (by far the
-    fastest, for files that nobody manipulates on purpose) or 'blake3'. The default is 'sha1'.
+    The hash method that compares blocks: any method of Python's hashlib that has a fixed length, 'blake3' (fast), or
+    'xxh128' (by far the fastest, for files that nobody manipulates on purpose). The default is 'sha1'.
 
   -W, --whole-file
 
@@ -28,17 +27,17 @@ Supported options:
 
   -c, --concurrency=COUNT
 
-    How many blocks are hashed and how many requests are made at the same time, or how many processes serve them
-    (defaults to a third of the cores, but at least two).
+    Client: how many blocks to hash and how many requests to make at the same time. Server: how many processes to run.
+    The default is a third of the cores, but at least two.
 
   -n, --dry-run
 
-    Compare and report the similarity, but write nothing.
+    Compare the files and report how similar they are, but write nothing.
 
   -B, --benchmark=COUNT
 
-    Damage TARGET (a local file) more and more, COUNT times, bring it into line each time, and print what that took.
-    Asks for confirmation, unless $PDIFFCOPY_BENCHMARK is 'allowed'. To compare with an rsync daemon, set
+    Damage TARGET (a local file) COUNT times, more each time, repair it, and print how long that took. The program asks
+    for confirmation, unless $PDIFFCOPY_BENCHMARK is 'allowed'. To compare with an rsync daemon, set
     $PDIFFCOPY_BENCHMARK_RSYNC_SERVER (host:port), $PDIFFCOPY_BENCHMARK_RSYNC_MODULE and
     $PDIFFCOPY_BENCHMARK_RSYNC_ROOT (the directory that the module stands for).
 
@@ -48,37 +47,36 @@ Supported options:
 
   --no-verify
 
-    Don't check what was moved as it lies in TARGET.
+    Don't read back and check what was written to TARGET.
 
   --fsync
 
-    Flush TARGET to its disk before success is reported.
+    Flush TARGET to its disk before reporting success.
 
   --timeout=SECONDS
 
-    How long the other side may show no sign of life (defaults to 60).
+    How long to wait for a sign of life of the other side (defaults to 60).
 
   --retries=COUNT
 
-    How often in a row something may fail because of the network before the run does (defaults to 8, which bridges
-    about 20 seconds).
+    How many failures of the network in a row to survive (defaults to 8, which bridges about 20 seconds).
 
   --token-file=FILE
 
-    The shared secret that a server asks for, and that a client gives (or set $PDIFFCOPY_TOKEN). Nobody else may be
-    able to read that file.
+    The file with the shared secret that a server asks for and a client gives (or set $PDIFFCOPY_TOKEN). No other user
+    may be able to read it.
 
   --ca-file=FILE
 
-    Trust this certificate authority when the location starts with https://.
+    Trust this certificate authority for locations that start with https://.
 
   --json
 
-    Print one JSON object on stdout when all is done (messages go to stderr).
+    Print one JSON object on stdout at the end (messages go to stderr).
 
   --root=DIRECTORY
 
-    Server: paths are resolved inside this directory and can't leave it.
+    Server: resolve paths inside this directory, and let none leave it.
 
   --read-only
 
@@ -94,8 +92,9 @@ Supported options:
 
   --allow-host=NAME
 
-    Server: clients may call it by this name (can be repeated, or several with commas; '*' is any name). Addresses,
-    'localhost', the name behind --listen and the name of this machine are allowed anyway. Web pages get in by no name.
+    Server: let clients call it by this name (may be repeated; several names have commas between them; '*' is any
+    name). Addresses, 'localhost', the name behind --listen and the name of this machine are always allowed. Web pages
+    never are.
 
   --access-log=FILE
 
@@ -103,11 +102,11 @@ Supported options:
 
   -v, --verbose
 
-    Say more (can be repeated).
+    Print more messages (may be repeated).
 
   -q, --quiet
 
-    Say less (can be repeated).
+    Print fewer messages (may be repeated).
 
   --version
 

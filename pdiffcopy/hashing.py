@@ -5,7 +5,7 @@ By threads: hashlib, xxhash and blake3 let go of the interpreter lock while they
 does the reading of a file, so threads keep all cores busy without the cost of starting processes and of passing
 digests between them, and a server that runs threads anyway must not fork (docs/design.rst has the measurements).
 
-A task is a *stripe*, several MiB of neighbouring blocks: a single block would be too little work between two
+A task is a *stripe*, several MiB of neighboring blocks: a single block would be too little work between two
 struggles for the interpreter lock. The tasks run ahead of the reader by a fixed number of stripes and their results
 come in the order of the file, so memory stays flat and no core idles at the end because of a fixed split of the work.
 """
@@ -31,7 +31,7 @@ STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
 
 STRIPE_BLOCKS = 4096
-"""How many blocks a stripe has at most: who asks for tiny blocks doesn't get to fill the memory with digests."""
+"""How many blocks a stripe has at most: a client that asks for tiny blocks can't fill the memory with digests."""
 LEAST_BLOCKS = 256
 """How many it has at most where others have filled their share of the memory."""
 

@@ -2,7 +2,7 @@
 What can a server do to a client?
 
 ``python -m tests.hostile BEHAVIOUR [--size=BYTES] [--elsewhere=PORT]`` is a server on loopback that pretends to have a
-file of so many zero octets, and that does one thing wrong. It prints its port, and then a line for each request: the
+file of so many zero bytes, and that does one thing wrong. It prints its port, and then a line for each request: the
 request line, and the header ``Authorization`` if there is one.
 """
 
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_chunks(*check(self.lines()))
 
     def wanted(self) -> int:
-        """How many octets were asked for."""
+        """How many bytes were asked for."""
         if "extents" in self.query:
             return sum(int(item.partition(":")[2]) for item in self.query["extents"].split(","))
         return int(self.query["size"])
@@ -230,19 +230,19 @@ def hashes_gzip(handler: Handler) -> None:
 
 @behaviour
 def blocks_short(handler: Handler) -> None:
-    """Fewer octets than asked for, and honest about it."""
+    """Fewer bytes than asked for, and honest about it."""
     handler.send(bytes(handler.wanted() - 1))
 
 
 @behaviour
 def blocks_long(handler: Handler) -> None:
-    """More octets than asked for."""
+    """More bytes than asked for."""
     handler.send(b"x" * (handler.wanted() + 1))
 
 
 @behaviour
 def blocks_endless(handler: Handler) -> None:
-    """Octets for ever."""
+    """Bytes for ever."""
     handler.start("Transfer-Encoding: chunked")
     while True:
         handler.send_chunk(KILOBYTE)
@@ -250,7 +250,7 @@ def blocks_endless(handler: Handler) -> None:
 
 @behaviour
 def blocks_more_than_announced(handler: Handler) -> None:
-    """The announced octets, and then more of them."""
+    """The announced bytes, and then more of them."""
     handler.start(f"Content-Length: {handler.wanted()}")
     handler.send_for_ever(KILOBYTE)
 
@@ -423,7 +423,7 @@ def all_endless_chunk_size(handler: Handler) -> None:
 
 @behaviour
 def all_negative_chunk_size(handler: Handler) -> None:
-    """A chunk with fewer than no octets."""
+    """A chunk with fewer than no bytes."""
     handler.start("Transfer-Encoding: chunked")
     handler.wfile.write(b"-5\r\nhello\r\n0\r\n\r\n")
 

@@ -5,7 +5,7 @@ Run as ``python -m tests.old_peer PORT [FAULT]`` this is a server that knows the
 nothing else: ``/info`` tells only the size, parameters that were added later are ignored, the connection is closed
 after each response, and the hash lines come in any order. The functions at the end send requests in the old form.
 
-A FAULT lets it flip one octet: ``corrupt-once`` in the first answer to ``GET /blocks``, ``corrupt-always`` in each of
+A FAULT lets it flip one byte: ``corrupt-once`` in the first answer to ``GET /blocks``, ``corrupt-always`` in each of
 them, ``corrupt-writes`` in what it writes.
 """
 

@@ -3,7 +3,7 @@ What does a bad network do to HTTP, at exactly which byte?
 
 A TCP relay on loopback between a client and a server. It passes everything on, knows where each request and each
 response begins, and does what it was told at a byte of them: reset or close the connection, stall, delay, corrupt,
-duplicate or drop octets, hold them until a line arrives on stdin, answer in the server's place, or answer the next
+duplicate or drop bytes, hold them until a line arrives on stdin, answer in the server's place, or answer the next
 request with the same once more. ``python -m
 tests.relay --help`` explains its arguments; it prints the port that it listens on and then one line for each fault
 that hit, so that a test can tell that its fault took place. It ends with its stdin.
@@ -39,8 +39,8 @@ class Fault:
     The text form is ``SIDE ENDPOINT PLACE ACTION[=VALUE] [COUNT] [SKIP]``: the side is ``request`` or ``response``;
     the endpoint is how the request begins, with a plus sign for the space (``GET+/blocks``, a single plus sign for
     all); the place is a number (the offset in the message, its head included), ``first``, ``middle`` or ``last``
-    (octet of the body) or ``@TEXT`` (the octet after this text in the head, with ~ for a space). The value is a
-    number of seconds for a delay, a status for an answer (0: garbage), and otherwise a number of octets. It hits
+    (byte of the body) or ``@TEXT`` (the byte after this text in the head, with ~ for a space). The value is a
+    number of seconds for a delay, a status for an answer (0: garbage), and otherwise a number of bytes. It hits
     COUNT messages (1, unless given), after SKIP of them.
     """
 
@@ -85,7 +85,7 @@ class Message:
         self.complete_head = False
 
     def advance(self, data: bytes) -> tuple[int, Fault | None]:
-        """Returns how many octets of the data may pass, and the fault that waits behind them."""
+        """Returns how many bytes of the data may pass, and the fault that waits behind them."""
         limit = len(data)
         if not self.complete_head:
             before = len(self.head)
@@ -217,7 +217,7 @@ class Connection:
         elif fault.action == "answer":
             self._answer(size)
         elif fault.action == "corrupt":
-            return bytes(octet ^ 1 for octet in data[:size]) + data[size:]
+            return bytes(byte ^ 1 for byte in data[:size]) + data[size:]
         elif fault.action == "duplicate":
             destination.sendall(data[:size])
         elif fault.action == "repeat":
@@ -256,7 +256,7 @@ class Relay:
         Initialize a relay (:attr:`port` is known and connections are accepted from now on).
 
         :param target: The port of the server.
-        :param rate: How many octets pass in a second, all connections together (0 means any number).
+        :param rate: How many bytes pass in a second, all connections together (0 means any number).
         :param listen: The port to listen on (0 means a free one).
         """
         self.target = target
@@ -292,7 +292,7 @@ class Relay:
         self._listener.close()
 
     def throttle(self, count: int) -> None:
-        """Take the time that some octets take."""
+        """Take the time that some bytes take."""
         if self.rate and count:
             with self._turn:
                 time.sleep(count / self.rate)
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("target", type=int, help="the port of the server on loopback")
     parser.add_argument("faults", nargs="*", type=Fault.parse, help=Fault.__doc__)
     parser.add_argument("--listen", type=int, default=0, help="the port to listen on")
-    parser.add_argument("--rate", type=float, default=0, help="octets per second")
+    parser.add_argument("--rate", type=float, default=0, help="bytes per second")
     options = parser.parse_args()
     relay = Relay(options.target, options.faults, options.rate, options.listen).start()
     print(relay.port, flush=True)
@@ -326,7 +326,7 @@ class RelayProcess:
 
         :param target: The port of the server.
         :param faults: See :class:`Fault`.
-        :param rate: How many octets pass in a second.
+        :param rate: How many bytes pass in a second.
         """
         command = [sys.executable, "-m", "tests.relay", f"--rate={rate}", str(target), *faults]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

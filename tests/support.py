@@ -133,7 +133,7 @@ def error_lines(result: subprocess.CompletedProcess) -> list[str]:
 
 
 def make_data(size: int, seed: int = 1) -> bytes:
-    """Octets that look random and are the same each time."""
+    """Bytes that look random and are the same each time."""
     return random.Random(seed).randbytes(size)
 
 
@@ -167,7 +167,7 @@ def is_alive(pid: int) -> bool:
 
 
 def write_pattern(path: Path, size: int, seed: int = 1) -> bytes:
-    """Fill a file with known octets, and return them."""
+    """Fill a file with known bytes, and return them."""
     data = make_data(size, seed)
     path.write_bytes(data)
     return data
@@ -194,7 +194,7 @@ def start_old_peer(folder: Path, *options: str) -> Server:
 
 
 def exchange(port: int, request: bytes, timeout: float = 20) -> bytes:
-    """Send octets to a server on loopback, and return all that it answers until it closes the connection."""
+    """Send bytes to a server on loopback, and return all that it answers until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
         sock.sendall(request)
         answer = b""

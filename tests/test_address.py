@@ -12,7 +12,7 @@ from pdiffcopy import DEFAULT_PORT
 from pdiffcopy.address import Address, join_host_port, parse_listen, parse_location
 from pdiffcopy.exceptions import UsageError
 
-# What a command line can carry: all characters but NUL, and octets that aren't UTF-8 as lone surrogates.
+# What a command line can carry: all characters but NUL, and bytes that aren't UTF-8 as lone surrogates.
 ARGUMENTS = st.text(st.one_of(st.characters(codec="utf-8"), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)))
 
 # Locations {{{1

@@ -486,7 +486,7 @@ def test_host_may_be_allowed(launch, options, hosts, others):
 
 
 def test_name_that_was_listened_on_is_allowed(monkeypatch):
-    """Whoever tells a server to listen on a name calls it by that name, too."""
+    """A server that listens on a name may be called by it, too."""
     from pdiffcopy.server import daemon
 
     gates = []
@@ -513,7 +513,7 @@ def test_impossible_hosts_are_refused(value):
 
 
 def test_wrong_tokens_take_longer_and_longer(launch, token_file):
-    """Who guesses waits, and is in the log; who knows the token is served at once, though it's the same address."""
+    """Guesses wait, and are in the log; clients with the token are served at once, though it's the same address."""
     slowly = "from pdiffcopy.server import admission; admission.FIRST_DELAY = 0.5"
     server = launch("--token-file", str(token_file), "-c", "1", setup=slowly)
     url = f"{server.origin}/info?filename=/x"
@@ -758,7 +758,7 @@ def test_interim_responses_come_to_an_end(tmp_path):
 
 
 @pytest.mark.parametrize("behaviour", HARMLESS)
-def test_superfluous_octets_are_not_believed(tmp_path, behaviour):
+def test_superfluous_bytes_are_not_believed(tmp_path, behaviour):
     """What a server sends beyond what was asked for doesn't get into the target."""
     local = tmp_path / "local"
     local.write_bytes(b"x" * 65536)

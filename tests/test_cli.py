@@ -493,7 +493,7 @@ def test_terminal_that_goes_away_ends_a_run(large):
 
 
 def test_hangup_is_ignored_under_nohup(tmp_path, server):
-    """Whoever starts a run so that it outlives its terminal gets that."""
+    """A run that is started so that it outlives its terminal does."""
     data = write_pattern(tmp_path / "source", 4_000_000)
     write_pattern(tmp_path / "target", 4_000_000, seed=2)
     arguments = ["-b", "512", tmp_path / "source", server.location(tmp_path / "target")]

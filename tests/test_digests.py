@@ -1,4 +1,4 @@
-"""Digests of octets, and digests of the digests of their blocks."""
+"""Digests of bytes, and digests of the digests of their blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cut(data: bytes, size: int) -> list[bytes]:
 
 @given(data=st.binary(max_size=100), block_size=st.integers(1, 40), chunk_size=st.integers(1, 50))
 def test_chunks_may_be_cut_anywhere(data, block_size, chunk_size):
-    """However the octets arrive, their digest is that of the digests of their blocks."""
+    """However the bytes arrive, their digest is that of the digests of their blocks."""
     hasher = BlockwiseHasher(block_size)
     for chunk in cut(data, chunk_size):
         hasher.update(memoryview(chunk))
@@ -25,8 +25,8 @@ def test_chunks_may_be_cut_anywhere(data, block_size, chunk_size):
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 25])
-def test_every_octet_counts(size):
-    """A flipped octet anywhere, one more and one less: each gives another digest."""
+def test_every_byte_counts(size):
+    """A flipped byte anywhere, one more and one less: each gives another digest."""
     data = make_data(size)
     variants = [data, data + b"\0", *(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(size))]
     digests = set()
@@ -43,7 +43,7 @@ def test_the_order_of_the_blocks_counts():
     assert digest_blockwise([one, two]) != digest_blockwise([two, one])
 
 
-def test_without_blocks_it_is_the_digest_of_the_octets():
+def test_without_blocks_it_is_the_digest_of_the_bytes():
     """That's what a sender states that hasn't compared blocks."""
     verifier = get_verifier(0)
     verifier.update(b"octets")

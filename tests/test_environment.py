@@ -233,7 +233,7 @@ def test_format_that_was_asked_for_is_used(source, tmp_path):
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_stdout_without_room_is_one_line(option):
-    """Whoever reads it has to know that something is missing."""
+    """Its readers have to know that something is missing."""
     with open("/dev/full", "w") as full:
         result = subprocess.run([*PROGRAM, option], stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1

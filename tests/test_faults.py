@@ -157,7 +157,7 @@ BODY_PLACES = ("first", "middle", "last")
 def test_broken_connections_are_survived(server, tmp_path, direction, side, place, action):
     """A connection that ends at any byte of a request or response, once at each endpoint, costs a retry."""
     pair = Pair(tmp_path, direction, server.port)
-    # The last octet of a hash stream only says that it's over, when the client has left already.
+    # The last byte of a hash stream only says that it's over, when the client has left already.
     endpoints = ["GET+/info", *(["GET+/hashes"] if place != "last" else [])]
     endpoints += ["POST+/resize", "POST+/blocks"] if direction == "upload" else ["GET+/blocks"]
     with RelayProcess(server.port, *(f"{side} {endpoint} {place} {action}" for endpoint in endpoints)) as relay:

@@ -146,8 +146,8 @@ def test_hash_method_that_old_server_may_lack_is_refused(launch_old, tmp_path, d
 
 
 @pytest.mark.parametrize("options", [[], ["--whole-file"]], ids=["delta", "whole"])
-def test_octet_that_arrives_wrong_once_is_fetched_again(launch_old, tmp_path, options):
-    """A download from an old server that flips an octet once is right in the end, and says that it took a retry."""
+def test_byte_that_arrives_wrong_once_is_fetched_again(launch_old, tmp_path, options):
+    """A download from an old server that flips a byte once is right in the end, and says that it took a retry."""
     data = write_pattern(tmp_path / "source", 7 * BLOCK + 123)
     _write_older_copy(tmp_path / "target", data)
     source = launch_old("corrupt-once").location(tmp_path / "source")
@@ -159,8 +159,8 @@ def test_octet_that_arrives_wrong_once_is_fetched_again(launch_old, tmp_path, op
 
 
 @pytest.mark.parametrize("options", [[], ["--whole-file"]], ids=["delta", "whole"])
-def test_octet_that_always_arrives_wrong_ends_the_run(launch_old, tmp_path, options):
-    """A download from an old server that flips an octet each time ends with exit code 4 and one line."""
+def test_byte_that_always_arrives_wrong_ends_the_run(launch_old, tmp_path, options):
+    """A download from an old server that flips a byte each time ends with exit code 4 and one line."""
     data = write_pattern(tmp_path / "source", 7 * BLOCK + 123)
     _write_older_copy(tmp_path / "target", data)
     source = launch_old("corrupt-always").location(tmp_path / "source")
@@ -230,7 +230,7 @@ def test_old_client_learns_that_a_file_is_missing(server, tmp_path):
 
 
 def test_old_client_reads_short_blocks_at_the_end(server, tmp_path):
-    """Fewer octets at the end of the file, none beyond it."""
+    """Fewer bytes at the end of the file, none beyond it."""
     data = write_pattern(tmp_path / "file", BLOCK + 10)
     for offset, size in ((0, 5), (BLOCK, BLOCK), (BLOCK + 9, 1), (BLOCK + 10, BLOCK), (10 * BLOCK, 1), (0, 2 * BLOCK)):
         status, body = old_peer.request(

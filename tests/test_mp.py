@@ -480,7 +480,7 @@ def test_unpicklable_item_reaches_the_caller():
 
 
 def test_leaving_early_ends_the_processes():
-    """Whoever has seen enough leaves no process, though the stream never ends."""
+    """A caller that has seen enough leaves no process, though the stream never ends."""
     with make_pool(count, square, concurrency=3) as pool:
         pids = [process.pid for process in pool.all_processes]
         assert len(pids) == 4 and all(map(is_alive, pids))

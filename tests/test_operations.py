@@ -57,7 +57,7 @@ def test_info_of_a_missing_file(tmp_path):
 @pytest.mark.parametrize("offset", [0, 37, 99, 100, 500])
 @pytest.mark.parametrize("size", [0, 1, 10, 100, 1000])
 def test_read_block(tmp_path, offset, size):
-    """Octets up to the end of the file, none behind it."""
+    """Bytes up to the end of the file, none behind it."""
     data = write_pattern(tmp_path / "file", 100)
     assert read_block(str(tmp_path / "file"), offset, size) == data[offset : offset + size]
 
@@ -72,7 +72,7 @@ def test_blocks_larger_than_a_chunk(tmp_path, size):
 
 
 def test_write_block_changes_nothing_else(tmp_path):
-    """The octets before and behind the block stay, nothing is cut."""
+    """The bytes before and behind the block stay, nothing is cut."""
     data = write_pattern(tmp_path / "file", 100)
     write_block(str(tmp_path / "file"), 40, b"x" * 20)
     assert (tmp_path / "file").read_bytes() == data[:40] + b"x" * 20 + data[60:]

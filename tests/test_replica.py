@@ -58,7 +58,7 @@ def data(path) -> bytes:
 
 
 def read(replica: Replica, *extents: Extent) -> bytes:
-    """All octets of some extents."""
+    """All bytes of some extents."""
     with replica.read(extents, state_digest=False) as reading:
         return b"".join(map(bytes, reading.chunks))
 
@@ -153,31 +153,31 @@ def test_hashes_of_a_missing_file(replica):
     ],
 )
 def test_extents_are_read_exactly(replica, data, extents):
-    """The octets of all extents, one after the other."""
+    """The bytes of all extents, one after the other."""
     expected = b"".join(data[offset : offset + size] for offset, size in extents)
     assert read(replica, *(Extent(*extent) for extent in extents)) == expected
 
 
-def test_no_extents_no_octets(replica, data):
+def test_no_extents_no_bytes(replica, data):
     """Nothing asked for, nothing given."""
     assert read(replica) == b""
 
 
 @pytest.mark.parametrize("extents", [[(0, 10)], [(5, 7), (100, 3 * BLOCK)]])
 def test_digest_is_stated_on_request(replica, data, extents):
-    """XXH128 of all octets of the reading."""
+    """XXH128 of all bytes of the reading."""
     extents = [Extent(*extent) for extent in extents]
     with replica.read(extents, state_digest=True) as reading:
-        octets = b"".join(map(bytes, reading.chunks))
-        assert reading.digest == xxhash.xxh3_128_hexdigest(octets)
+        payload = b"".join(map(bytes, reading.chunks))
+        assert reading.digest == xxhash.xxh3_128_hexdigest(payload)
     with replica.read(extents, state_digest=False) as reading:
         assert reading.digest == ""
-        assert b"".join(map(bytes, reading.chunks)) == octets
+        assert b"".join(map(bytes, reading.chunks)) == payload
 
 
 @pytest.mark.parametrize("extents", [[(3 * BLOCK, 101)], [(10 * BLOCK, 1)], [(0, 1), (3 * BLOCK, 101)]])
 def test_reading_beyond_the_end_is_an_error(replica, data, extents):
-    """Fewer octets than asked for would go to the wrong places."""
+    """Fewer bytes than asked for would go to the wrong places."""
     with pytest.raises(ProgramError):
         read(replica, *(Extent(*extent) for extent in extents))
 
@@ -198,15 +198,15 @@ def test_reading_a_missing_file_is_an_error(replica):
 @pytest.mark.parametrize("cut", [1, 7, 1000])
 @pytest.mark.parametrize("digest", [False, True])
 def test_extents_are_written(replica, path, data, cut, digest):
-    """The octets go where they belong however they're cut, and nothing else changes."""
-    octets = make_data(1500, 3)
-    chunks = [octets[i : i + cut] for i in range(0, len(octets), cut)]
-    reading = Reading(chunks, xxhash.xxh3_128_hexdigest(octets) if digest else "")
+    """The bytes go where they belong however they're cut, and nothing else changes."""
+    payload = make_data(1500, 3)
+    chunks = [payload[i : i + cut] for i in range(0, len(payload), cut)]
+    reading = Reading(chunks, xxhash.xxh3_128_hexdigest(payload) if digest else "")
     replica.write([Extent(10, 1000), Extent(2 * BLOCK, 499), Extent(3 * BLOCK + 99, 1)], reading)
     expected = bytearray(data)
-    expected[10:1010] = octets[:1000]
-    expected[2 * BLOCK : 2 * BLOCK + 499] = octets[1000:1499]
-    expected[-1] = octets[1499]
+    expected[10:1010] = payload[:1000]
+    expected[2 * BLOCK : 2 * BLOCK + 499] = payload[1000:1499]
+    expected[-1] = payload[1499]
     assert path.read_bytes() == bytes(expected)
 
 
@@ -218,14 +218,14 @@ def test_wrong_digest_is_noticed(replica, data):
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])
 def test_blockwise_digest_is_compared(replica, path, data, cut):
-    """The digest of the digests of the blocks does as well, wherever the octets were cut."""
-    octets = make_data(2 * BLOCK + 100, 3)
+    """The digest of the digests of the blocks does as well, wherever the bytes were cut."""
+    payload = make_data(2 * BLOCK + 100, 3)
     extents = [Extent(0, BLOCK), Extent(2 * BLOCK, BLOCK + 100)]
-    chunks = [octets[i : i + cut] for i in range(0, len(octets), cut)]
-    blocks = (octets[i : i + BLOCK] for i in range(0, len(octets), BLOCK))
+    chunks = [payload[i : i + cut] for i in range(0, len(payload), cut)]
+    blocks = (payload[i : i + BLOCK] for i in range(0, len(payload), BLOCK))
     digest = digest_blockwise(map(xxhash.xxh3_128_hexdigest, blocks))
     replica.write(extents, Reading(chunks, digest, BLOCK))
-    assert path.read_bytes() == octets[:BLOCK] + data[BLOCK : 2 * BLOCK] + octets[BLOCK:]
+    assert path.read_bytes() == payload[:BLOCK] + data[BLOCK : 2 * BLOCK] + payload[BLOCK:]
     for wrong in (Reading(chunks, digest), Reading(chunks, digest, BLOCK + 1), Reading(chunks[::-1], digest, BLOCK)):
         with pytest.raises(DigestMismatchError):
             replica.write(extents, wrong)
@@ -239,7 +239,7 @@ def test_writing_to_a_missing_file_is_an_error(replica, path):
 
 
 def test_failure_of_the_source_is_passed_on(replica, data):
-    """When the octets end in an error, it's that error that counts, and the replica goes on working."""
+    """When the bytes end in an error, it's that error that counts, and the replica goes on working."""
 
     def chunks():
         yield b"da"

@@ -495,7 +495,7 @@ def test_cache_is_dropped_at_once_after_a_failed_flush(tmp_path):
 
 
 def test_mark_of_a_flush_that_was_killed_is_kept_until_the_cache_is_dropped(tmp_path):
-    """Whoever claims the file next drops what the cache has of it, or fails when that can't be done."""
+    """The next claim drops what the cache has of the file, or fails when that can't be done."""
     path = tmp_path / "file"
     write_pattern(path, SIZE)
     os.setxattr(path, RUN_ATTRIBUTE, b"aa unflushed")

@@ -111,7 +111,7 @@ def make_batches(
     is_awaited: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
     """
-    Make work of blocks: join neighbours to extents and put several extents together.
+    Make work of blocks: join neighbors to extents and put several extents together.
 
     A block isn't cut, so a batch is larger than :data:`BATCH_SIZE` when a single block is. It's smaller when somebody
     waits for it: a slow wire has something to do all the time, and a long one carries as much as it can at once.

@@ -113,7 +113,7 @@ class Run:
         self._look(writes=not self.options.dry_run)
         with self._watching_source():
             if self.options.dry_run:
-                plan = self._make_plan(self.target.info.file_id)
+                plan = self._make_plan(self.target.info.file_id, self._get_common_size())
                 before, result, claimed = self.target.info, self._scan(plan), False
             else:
                 before, plan, result, claimed = self._update()
@@ -133,7 +133,7 @@ class Run:
     def compare(self) -> list[int]:
         """Find the offsets of the blocks that differ. Nothing is written, whatever the options say."""
         self._look(writes=False)
-        plan = replace(self._make_plan(self.target.info.file_id), target_size=self._get_common_size())
+        plan = self._make_plan(self.target.info.file_id, self._get_common_size())
         with self._watching_source():
             return [block.offset for block in find_blocks(plan, self.servers) if block.changed]
 
@@ -174,7 +174,7 @@ class Run:
     def _get_common_size(self) -> int:
         return min(self.source.info.size, self.target.info.size)
 
-    def _make_plan(self, target_id: str, run: str = "") -> Plan:
+    def _make_plan(self, target_id: str, target_size: int, run: str = "") -> Plan:
         source, options = self.source.info, self.options
         many_extents = FEATURE_EXTENTS in self.source.peer.features & self.target.peer.features
         return Plan(
@@ -183,8 +183,7 @@ class Run:
             source_id=source.file_id,
             target_id=target_id,
             size=source.size,
-            # A target that is shorter is going to be grown first.
-            target_size=self._get_common_size() if options.dry_run else source.size,
+            target_size=target_size,
             block_size=options.block_size,
             method=options.hash_method,
             concurrency=options.concurrency,
@@ -227,7 +226,8 @@ class Run:
             # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier
             # one may have resized the target until now.
             claimed, target = self.target.replica.pinned(before.file_id).claim(run, not before.exists, source.mode)
-            plan = self._make_plan(target.file_id, run if claimed else "")
+            # A target that is shorter is going to be grown before it is compared.
+            plan = self._make_plan(target.file_id, source.size, run if claimed else "")
             replica = open_target(plan, self.servers)
             if target.size < source.size or not target.exists:
                 replica.resize(source.size, plan.run)

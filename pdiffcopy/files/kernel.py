@@ -61,7 +61,7 @@ def write_back(fd: int, offset: int, size: int) -> None:
     """
     Wait until a part of a file has no dirty pages (sync_file_range(2)), which takes a moment where there are none.
 
-    Whoever has mapped such a page faults when writing to it the next time, and that moves the time of the file.
+    A program that has mapped such a page faults at its next write there, and that moves the time of the file.
     """
     # An overlay has no pages of its own, and doesn't pass the call on. A sandbox may not know it.
     if get_file_system(fd) == OVERLAY or not _write_range(fd, offset, size):

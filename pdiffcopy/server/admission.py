@@ -151,7 +151,7 @@ class Guesses:
 
 
 def _get_network(address: str) -> str:
-    """Who has one IPv6 address has 2**64 of them."""
+    """Name the network of an address: somebody with one IPv6 address has 2**64 of them."""
     try:
         network = ipaddress.ip_network((address.partition("%")[0], 64 if ":" in address else 32), strict=False)
     except ValueError:

@@ -15,9 +15,9 @@ is one of many in an event loop, where slow ones cost nothing but a place. In th
     close <-- take leave <----------------------------------------------------------------'
 
 1. *Strangers* are those of whom no request was accepted yet. There are few places for them, and little time: from the
-   first packet to the end of the first head. Whoever comes when all places are taken gets that of the stranger who
-   has been there for longest. So thousands of slow connections keep each other out, and nobody else: a client needs a
-   few milliseconds.
+   first packet to the end of the first head. When all places are taken, a new connection gets that of the stranger
+   that has been there for longest. So thousands of slow connections keep each other out, and nobody else: a client
+   needs a few milliseconds.
 2. *Clients* have shown the token (or have sent a head, where there is no token). They keep their connections for a
    while between two requests. When there are too many, the one that has idled for longest is closed.
 3. While a request is being served its client is watched: data has to move at a minimum rate whenever the server waits

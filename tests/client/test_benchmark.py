@@ -77,7 +77,7 @@ def differing_blocks(one: bytes, two: bytes) -> list[int]:
 
 @pytest.mark.parametrize(("percentage", "expected"), [(0, 0), (1, 1), (10, 10), (50, 50), (100, 101), (1000, 101)])
 def test_mutation_damages_as_many_blocks_as_it_should(files, percentage, expected):
-    """A percentage of the blocks, all of their octets, and never the size of the file."""
+    """A percentage of the blocks, all of their bytes, and never the size of the file."""
     source, target = files
     client = Client(source=source, target=target, block_size=BLOCK)
     before = make_data(SIZE)

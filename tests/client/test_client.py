@@ -42,7 +42,7 @@ SIZES = {
 
 
 def _older_copy(data: bytes) -> bytes:
-    """The same octets, but for a few that are scattered all over (none when there are none)."""
+    """The same bytes, but for a few that are scattered all over (none when there are none)."""
     copy = bytearray(data)
     for position in {0, len(data) // 2, len(data) - 1} if data else ():
         copy[position] ^= 0xFF
@@ -116,7 +116,7 @@ def test_target_becomes_equal_to_source(server, tmp_path, direction, size, state
     assert (tmp_path / "source").read_bytes() == data
 
 
-def test_block_size_of_one_octet_works(server, tmp_path, direction):
+def test_block_size_of_one_byte_works(server, tmp_path, direction):
     """The smallest block size there is."""
     data = write_pattern(tmp_path / "source", 300)
     (tmp_path / "target").write_bytes(_older_copy(data))
@@ -129,7 +129,7 @@ def test_scattered_changes_take_several_batches(server, tmp_path, direction):
     """More extents than one request carries still end up in the right places."""
     data = write_pattern(tmp_path / "source", 1000 * 256)
     older = bytearray(data)
-    older[::512] = bytes(255 - octet for octet in data[::512])
+    older[::512] = bytes(255 - byte for byte in data[::512])
     (tmp_path / "target").write_bytes(older)
     client = Client(**place(server, direction, tmp_path / "source", tmp_path / "target"), block_size=256)
     assert client.synchronize_once() == 500
@@ -369,7 +369,7 @@ def test_find_changes_lists_the_offsets_of_the_blocks_that_differ(server, tmp_pa
     ],
 )
 def test_transfer_size_counts_a_short_last_block(server, tmp_path, direction, size, offsets, expected):
-    """The last block counts with the octets that it has."""
+    """The last block counts with the bytes that it has."""
     write_pattern(tmp_path / "source", size)
     client = Client(**place(server, direction, tmp_path / "source", tmp_path / "target"), block_size=BLOCK)
     assert client.compute_transfer_size(offsets) == expected

@@ -220,13 +220,13 @@ def small_limits():
     ],
 )
 def test_batches(changes, expected):
-    """Neighbours are joined, several extents travel together, and limits close a batch."""
+    """Neighbors are joined, several extents travel together, and limits close a batch."""
     batches = list(make_batches(make_blocks(flag == "1" for flag in changes)))
     assert [[tuple(extent) for extent in batch.extents] for batch in batches] == expected
 
 
 def test_extents_of_a_batch_are_limited():
-    """An old peer takes one extent a request: neighbours are still joined."""
+    """An old peer takes one extent a request: neighbors are still joined."""
     changes = [flag == "1" for flag in "110100111"]
     batches = list(make_batches(make_blocks(changes), max_extents=1))
     assert [batch.extents for batch in batches] == [(Extent(0, 20),), (Extent(30, 10),), (Extent(60, 30),)]
@@ -252,15 +252,15 @@ def test_batches_carry_exactly_what_changed(changes, block_size, short, max_exte
     batches = list(make_batches(blocks, max_extents, keep, lambda: awaited))
     changed = [block for block in blocks if block.changed]
 
-    octets = [n for batch in batches for offset, size in batch.extents for n in range(offset, offset + size)]
-    assert octets == [n for block in changed for n in range(block.offset, block.offset + block.size)]
+    payload = [n for batch in batches for offset, size in batch.extents for n in range(offset, offset + size)]
+    assert payload == [n for block in changed for n in range(block.offset, block.offset + block.size)]
 
     for batch in batches:
         assert len(batch.extents) <= max_extents
         limit = delta.BATCH_SIZE if max_extents > 1 and not keep else delta.HELD_BATCH_SIZE
         assert batch.size <= max(limit, block_size)
         assert batch.bytes_compared < delta.COMPARE_WINDOW + block_size
-        # Neighbours are joined within a batch.
+        # Neighbors are joined within a batch.
         assert all(sum(left) < right.offset for left, right in pairwise(batch.extents))
         own = [b for b in changed if any(e.offset <= b.offset < e.offset + e.size for e in batch.extents)]
         assert batch.blocks_changed == len(own)
@@ -274,7 +274,7 @@ def test_batches_carry_exactly_what_changed(changes, block_size, short, max_exte
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 1))
 def test_halves_are_the_whole(sizes):
-    """Both have the same size, none has an empty extent or more extents than there were, and no octet is lost."""
+    """Both have the same size, none has an empty extent or more extents than there were, and no byte is lost."""
     extents = [Extent(100 * index, size) for index, size in enumerate(sizes)]
     halves = halve(extents)
     left, right = (sum(extent.size for extent in half) for half in halves)
@@ -282,10 +282,10 @@ def test_halves_are_the_whole(sizes):
     assert all(extent.size > 0 for half in halves for extent in half)
     assert max(map(len, halves)) <= len(extents)
 
-    def octets(extents):
+    def payload(extents):
         return [n for offset, size in extents for n in range(offset, offset + size)]
 
-    assert octets(halves[0]) + octets(halves[1]) == octets(extents)
+    assert payload(halves[0]) + payload(halves[1]) == payload(extents)
 
 
 @pytest.mark.parametrize("changed", [True, False])
@@ -313,7 +313,7 @@ def test_awaited_batches_come_early():
 
 
 def test_batches_fill_up_while_nobody_waits():
-    """Fewer requests move the same octets, and it's noticed soon when somebody begins to wait."""
+    """Fewer requests move the same bytes, and it's noticed soon when somebody begins to wait."""
     looks = iter([False, True, False, False, True])
     batches = make_batches(make_blocks([False] * 34), is_awaited=lambda: next(looks))
     # Looks after 8 and 10 blocks, then after 10, then (at the limit of 12, whoever waits) not any more.

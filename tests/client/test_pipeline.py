@@ -60,7 +60,7 @@ KINDS = [{}, BY_HASHES, BLOCKWISE]
 
 
 class FaultyReplica(LocalReplica):
-    """Raises errors, or flips an octet of what it reads, as often as it's told to."""
+    """Raises errors, or flips a byte of what it reads, as often as it's told to."""
 
     def __init__(self, filename: str, errors=(), flips: int = 0):
         super().__init__(filename)
@@ -80,11 +80,11 @@ class FaultyReplica(LocalReplica):
             yield Reading(self.flip(reading), reading.digest)
 
     def flip(self, reading):
-        octets = bytearray(b"".join(map(bytes, reading.chunks)))
+        payload = bytearray(b"".join(map(bytes, reading.chunks)))
         if self.flips:
             self.flips -= 1
-            octets[0] ^= 1
-        yield bytes(octets)
+            payload[0] ^= 1
+        yield bytes(payload)
 
 
 class Sides:
@@ -186,7 +186,7 @@ def test_source_that_became_shorter_is_an_error(plan, tmp_path, sides):
         list(find_blocks(plan, sides))
 
 
-def test_neighbours_become_extents(plan, sides):
+def test_neighbors_become_extents(plan, sides):
     """Changed blocks side by side are moved as one."""
     (batch,) = find(plan, sides)
     assert batch.extents == (Extent(BLOCK, 2 * BLOCK), Extent(5 * BLOCK, 10))
@@ -238,7 +238,7 @@ def smallest(request, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_arrives_wrong_is_transferred_again(plan, source, smallest, kind, sides):
-    """A flipped octet is noticed by the digest, or by the block hashes, and doesn't end the run."""
+    """A flipped byte is noticed by the digest, or by the block hashes, and doesn't end the run."""
     plan = replace(plan, **kind)
     (batch,) = find(plan, sides)
     source.flips = VERIFY_ATTEMPTS - 1
@@ -257,7 +257,7 @@ def test_what_keeps_arriving_wrong_ends_the_run(plan, source, smallest, kind, si
 
 
 def test_halves_have_attempts_of_their_own(plan, source, monkeypatch, sides):
-    """That its neighbours arrived wrong doesn't count against what is repeated with them."""
+    """That its neighbors arrived wrong doesn't count against what is repeated with them."""
     monkeypatch.setattr(pipeline, "SMALLEST_BATCH", BLOCK)
     (batch,) = find(plan, sides)
     # The whole, its first half, and the first half of that as often as it may.
@@ -266,7 +266,7 @@ def test_halves_have_attempts_of_their_own(plan, source, monkeypatch, sides):
     assert read(plan.target) == read(plan.source)
 
 
-def test_without_verification_wrong_octets_go_unnoticed(plan, source, sides):
+def test_without_verification_wrong_bytes_go_unnoticed(plan, source, sides):
     """That's what it means to skip it (and shows that the tests above test something)."""
     plan = replace(plan, **UNVERIFIED)
     (batch,) = find(plan, sides)
@@ -276,7 +276,7 @@ def test_without_verification_wrong_octets_go_unnoticed(plan, source, sides):
 
 
 def test_blockwise_the_source_states_no_digest(plan, source, sides):
-    """Who compared by XXH128 need not have the source read a second time what it sends."""
+    """After a comparison by XXH128 the source need not read a second time what it sends."""
     plan = replace(plan, **BLOCKWISE)
     (batch,) = find(plan, sides)
     assert transfer(plan, batch, sides) == Result(6, 3, SIZE, 2 * BLOCK + 10, 2 * BLOCK + 10, 0)
@@ -314,7 +314,7 @@ def test_source_that_changes_between_its_digest_and_its_data_has_changed(plan, s
         transfer(plan, batch, sides)
 
 
-def test_by_hashes_a_wrong_octet_never_reaches_the_target(plan, source, sides):
+def test_by_hashes_a_wrong_byte_never_reaches_the_target(plan, source, sides):
     """The check comes before the write."""
     plan = replace(plan, **BY_HASHES)
     (batch,) = find(plan, sides)
@@ -337,8 +337,8 @@ def test_by_hashes_the_target_is_still_checked(plan, monkeypatch, sides):
 
     sides.special[plan.target] = Target(plan.target.filename)
     transfer(plan, batch, sides)
-    ((digest, octets),) = stated
-    assert digest == xxhash.xxh3_128_hexdigest(octets)
+    ((digest, payload),) = stated
+    assert digest == xxhash.xxh3_128_hexdigest(payload)
 
 
 @pytest.mark.parametrize("kind", [{}, BLOCKWISE])

@@ -52,7 +52,7 @@ def talkative(caplog, monkeypatch):
 
 
 def test_quiet_run_draws_nothing(caplog):
-    """Who asks for less than messages gets no bar either."""
+    """Users who ask for less than messages get no bar either."""
     caplog.set_level(logging.WARNING)
     with terminal():
         assert type(make_reporter(1000, "copying")) is Reporter

@@ -133,7 +133,7 @@ def read(replica: RemoteReplica, *extents: Extent, state_digest: bool = False) -
 
 
 def test_local_file_is_sent_without_being_read(tmp_path, monkeypatch):
-    """The operating system moves the octets from the file to the connection."""
+    """The operating system moves the bytes from the file to the connection."""
     (tmp_path / "source").write_bytes(b"0123456789")
     monkeypatch.delattr(LocalFile, "chunks")
     source, extents = LocalReplica(str(tmp_path / "source")), [Extent(7, 3), Extent(0, 2)]
@@ -229,7 +229,7 @@ def test_reason_of_a_server_is_escaped():
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects_are_not_followed(status):
-    """Nobody gets our octets or our token but the server that was named."""
+    """Nobody gets our bytes or our token but the server that was named."""
     with canned(answer(status, Location="http://127.0.0.1:1/x"), token="x") as (replica, requests):
         with pytest.raises(RemoteError):
             replica.info()
@@ -258,21 +258,21 @@ def test_endless_document_is_refused():
 
 
 @pytest.mark.parametrize("length", [0, 9, 11, 10**12])
-def test_wrong_number_of_octets_is_refused(length):
+def test_wrong_number_of_bytes_is_refused(length):
     """It's the announced length that counts, before anything is written anywhere."""
     response = answer(body=b"x" * min(length, 20), length=length)
     with canned(response) as (replica, _), pytest.raises(ProtocolError, match="instead of 10"):
         read(replica, Extent(0, 10))
 
 
-def test_octets_of_unknown_number_are_refused():
+def test_bytes_of_unknown_number_are_refused():
     """A stream without a length may be cut anywhere, and nobody would notice."""
     chunked = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n"
     with canned(chunked) as (replica, _), pytest.raises(ProtocolError, match="unknown number"):
         read(replica, Extent(0, 10))
 
 
-def test_octets_that_end_early_are_transient():
+def test_bytes_that_end_early_are_transient():
     """The connection broke: it's worth another try."""
     with canned(answer(body=b"01234", length=10)) as (replica, _), pytest.raises(TransientError):
         read(replica, Extent(0, 10))

@@ -155,7 +155,7 @@ def test_other_things_than_files_are_refused(root, filename, write):
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe", "é ü".encode(), b"new\nline", b" ", b"...", b"%2e%2e", b"x" * 255])
-def test_names_are_octets(root, tree, name):
+def test_names_are_bytes(root, tree, name):
     """Every name that Linux allows is found and can be created."""
     name = os.fsdecode(name)
     LocalReplica(f"/{name}/{name}", root).resize(3)

@@ -111,7 +111,7 @@ def test_write_with_the_right_digest(tmp_path):
 
 
 def test_write_with_a_wrong_digest(tmp_path):
-    """Octets that aren't those that were sent are noticed, at the end of a long extent too."""
+    """Bytes that aren't those that were sent are noticed, at the end of a long extent too."""
     data = make_data(2 * CHUNK_SIZE + 10)
     with LocalFile(make_file(tmp_path / "file", len(data) + 7), write=True) as file:
         with pytest.raises(DigestMismatchError, match="file at offset 7 isn't what was sent") as info:
@@ -120,7 +120,7 @@ def test_write_with_a_wrong_digest(tmp_path):
 
 
 def test_write_compares_what_lies_in_the_file(tmp_path, monkeypatch):
-    """The digest is of what can be read afterwards: a disk that loses an octet is noticed."""
+    """The digest is of what can be read afterwards: a disk that loses a byte is noticed."""
     original = os.pwrite
 
     def lossy(fd, data, offset):
@@ -144,7 +144,7 @@ def test_short_writes_and_reads_go_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("extents", [[Extent(0, 11)], [Extent(0, 5), Extent(10, 1)], [Extent(100, 1)]])
 def test_reading_behind_the_end_is_an_error(tmp_path, extents):
-    """Where no octets are, none are made up."""
+    """Where no bytes are, none are made up."""
     write_pattern(tmp_path / "file", 10)
     with LocalFile(str(tmp_path / "file")) as file:
         with pytest.raises(FileError, match="file up to offset"):
@@ -154,7 +154,7 @@ def test_reading_behind_the_end_is_an_error(tmp_path, extents):
 
 
 def test_reading_a_file_that_was_cut_and_regrown_is_an_error(tmp_path, monkeypatch):
-    """A file that was shorter for a moment yields no stale octets, though its size is right again."""
+    """A file that was shorter for a moment yields no stale bytes, though its size is right again."""
     write_pattern(tmp_path / "file", 10)
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: 0)
     with LocalFile(str(tmp_path / "file")) as file, pytest.raises(FileError, match="file up to offset 10"):
@@ -193,8 +193,8 @@ def test_open_files_are_closed_once(tmp_path):
     other.close()
 
 
-def test_octets_in_a_pipe_are_written(tmp_path):
-    """They are spread over the extents, and compared with the digest, like octets in memory."""
+def test_bytes_in_a_pipe_are_written(tmp_path):
+    """They are spread over the extents, and compared with the digest, like bytes in memory."""
     before, data = write_pattern(tmp_path / "file", 100), make_data(40, seed=2)
     source, sink = os.pipe()
     with open(source, "rb", buffering=0), open(sink, "wb", buffering=0) as pipe:
@@ -235,8 +235,8 @@ def test_large_chunks_are_written_and_compared(tmp_path, kind, block_size):
     assert (tmp_path / "file").read_bytes() == expected
 
 
-def test_octets_in_a_pipe_do_not_fit(small_disk):
-    """An error of the system names the file, whichever way the octets come."""
+def test_bytes_in_a_pipe_do_not_fit(small_disk):
+    """An error of the system names the file, whichever way the bytes come."""
     source, sink = os.pipe()
     with open(source, "rb", buffering=0), open(sink, "wb", buffering=0) as pipe:
         pipe.write(make_data(10_000))
@@ -387,7 +387,7 @@ def test_wait_for_writes_has_an_end(target, monkeypatch, action):
 
 
 def test_wait_for_a_claim_has_an_end(target, monkeypatch):
-    """Who holds the exclusive lock for ever doesn't make a write wait for ever."""
+    """A program that holds the exclusive lock forever doesn't make a write wait forever."""
     monkeypatch.setattr(claims, "LOCK_TIMEOUT", 0.05)
     with open(target.filename, "rb") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -454,8 +454,8 @@ def test_device_is_not_claimed(device):
     cuts=st.lists(st.integers(0, 80), max_size=10),
     difference=st.integers(-2, 2),
 )
-def test_spread_puts_each_octet_where_it_belongs(sizes, gaps, cuts, difference):
-    """However extents and chunks are cut: each octet gets its place, and too many or too few are noticed."""
+def test_spread_puts_each_byte_where_it_belongs(sizes, gaps, cuts, difference):
+    """However extents and chunks are cut: each byte gets its place, and too many or too few are noticed."""
     extents, position = [], 0
     for size, gap in zip(sizes, gaps, strict=False):
         extents.append(Extent(position + gap, size))

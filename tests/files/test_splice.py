@@ -1,4 +1,4 @@
-"""Octets that travel from a socket into a file through a pipe."""
+"""Bytes that travel from a socket into a file through a pipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUFFER = 64 * 1024
 
 @pytest.fixture
 def piped():
-    """A function that puts octets into a pipe."""
+    """A function that puts bytes into a pipe."""
     source, sink = os.pipe()
 
     def piped(data: bytes) -> Piped:
@@ -38,18 +38,18 @@ def piped():
 
 
 def send_all(sock: socket.socket, data: bytes) -> threading.Thread:
-    """Send octets while somebody else receives them."""
+    """Send bytes while somebody else receives them."""
     thread = threading.Thread(target=sock.sendall, args=(data,), daemon=True)
     thread.start()
     return thread
 
 
 def send_slowly(sock: socket.socket, data: bytes, pause: float) -> threading.Thread:
-    """Send octets one by one, with a pause (in seconds) after each."""
+    """Send bytes one by one, with a pause (in seconds) after each."""
 
     def send() -> None:
-        for octet in data:
-            sock.sendall(bytes([octet]))
+        for byte in data:
+            sock.sendall(bytes([byte]))
             time.sleep(pause)
 
     thread = threading.Thread(target=send)
@@ -60,7 +60,7 @@ def send_slowly(sock: socket.socket, data: bytes, pause: float) -> threading.Thr
 # A chunk in a pipe {{{1
 
 
-def test_piped_octets_can_be_read(piped):
+def test_piped_bytes_can_be_read(piped):
     """All of them, once: there's nothing left in the chunk, and what lies behind it in the pipe isn't touched."""
     chunk = piped(b"onetwo")[:3]
     assert (len(chunk), bytes(chunk)) == (3, b"one")
@@ -69,8 +69,8 @@ def test_piped_octets_can_be_read(piped):
 
 
 @pytest.mark.parametrize("cuts", [[], [0], [4], [10], [1, 2, 9], [3, 3]], ids=str)
-def test_piped_octets_can_be_cut(piped, cuts):
-    """The parts have the sizes that parts of bytes have, and in their order the octets too."""
+def test_piped_bytes_can_be_cut(piped, cuts):
+    """The parts have the sizes that parts of bytes have, and in their order the bytes too."""
     data = b"0123456789"
     view, parts = piped(data), []
     for cut, previous in zip(cuts, [0, *cuts], strict=False):
@@ -87,7 +87,7 @@ def test_a_slice_beyond_the_end_is_cut(piped):
     assert (len(chunk[:100]), len(chunk[100:])) == (3, 0)
 
 
-def test_octets_that_come_in_parts_are_read_whole():
+def test_bytes_that_come_in_parts_are_read_whole():
     """A read from a pipe may have less than the chunk."""
     data = make_data(3 * BUFFER)
     source, sink = os.pipe()
@@ -98,7 +98,7 @@ def test_octets_that_come_in_parts_are_read_whole():
         thread.join()
 
 
-def test_piped_octets_move_into_a_file(piped, tmp_path):
+def test_piped_bytes_move_into_a_file(piped, tmp_path):
     """They land at the offset, nothing around them changes, and the file's own position doesn't count."""
     before = write_pattern(tmp_path / "file", 100)
     with (tmp_path / "file").open("r+b", buffering=0) as handle:
@@ -121,7 +121,7 @@ def test_a_part_moves_without_the_rest(piped, tmp_path):
 
 
 def test_a_file_that_cannot_be_spliced_into_is_written(piped, tmp_path):
-    """Linux refuses to splice into a file that is opened to be appended to: the octets get there nevertheless."""
+    """Linux refuses to splice into a file that is opened to be appended to: the bytes get there nevertheless."""
     data = make_data(BUFFER - 10)
     (tmp_path / "file").write_bytes(b"before")
     fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_APPEND)
@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_spliced_into_is_written(piped, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"before" + data
 
 
-def test_a_file_that_takes_few_octets_at_a_time_gets_them_all(piped, tmp_path, monkeypatch):
+def test_a_file_that_takes_few_bytes_at_a_time_gets_them_all(piped, tmp_path, monkeypatch):
     """Neither a short splice nor, where that isn't possible, a short write loses or moves anything."""
     data = make_data(1000)
     original, pwrite = os.splice, os.pwrite
@@ -181,7 +181,7 @@ def test_a_full_disk_is_an_error(connection, small_disk):
 
 
 @pytest.mark.parametrize("size", [1, 1000, BUFFER, PIPE_SIZE - 1, PIPE_SIZE, PIPE_SIZE + 1, 3 * PIPE_SIZE + 7])
-def test_octets_are_received_in_order(connection, tmp_path, size):
+def test_bytes_are_received_in_order(connection, tmp_path, size):
     """Exactly as many as were asked for, as they were sent; what comes behind them stays in the socket."""
     near, far = connection
     data = make_data(size)
@@ -199,14 +199,14 @@ def test_octets_are_received_in_order(connection, tmp_path, size):
 
 
 def test_nothing_to_receive_takes_nothing(connection):
-    """No octet is waited for, and none is taken."""
+    """No byte is waited for, and none is taken."""
     near, far = connection
     far.sendall(b"x")
     assert list(receive(near.fileno(), 0)) == []
     assert near.recv(10) == b"x"
 
 
-def test_octets_that_arrive_one_by_one_are_collected(connection):
+def test_bytes_that_arrive_one_by_one_are_collected(connection):
     """However the network cuts them: a chunk is worth the while, or the last one."""
     near, far = connection
     far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -217,7 +217,7 @@ def test_octets_that_arrive_one_by_one_are_collected(connection):
 
 
 def test_the_kernel_counts_what_arrives(connection, monkeypatch):
-    """Octets that come one by one don't wake anybody until there are enough, and afterwards one is enough again."""
+    """Bytes that come one by one don't wake anybody until there are enough, and afterwards one is enough again."""
     near, far = connection
     wakes = []
     originals = splice._wait_for
@@ -322,7 +322,7 @@ def test_silence_is_an_error(connection):
         next(chunks)
 
 
-def test_urgent_octets_are_an_error(connection):
+def test_urgent_bytes_are_an_error(connection):
     """They are readable, but can't be spliced: that's neither waited for nor tried for ever."""
     near, far = connection
     near.settimeout(20)

@@ -56,7 +56,7 @@ def test_any_name_can_be_allowed():
 
 
 def test_name_server_is_not_asked_for_strangers(machine):
-    """Whoever calls this server by a foreign name doesn't make it ask a name server."""
+    """A request for a foreign name doesn't make the server ask a name server."""
     for host in ("evil.example", "127.0.0.1", "localhost"):
         Gate().is_ours(host)
     assert not machine
@@ -129,7 +129,7 @@ def test_others_do_not_wait(clock):
 
 
 def test_guesses_are_forgotten(clock, monkeypatch):
-    """Who has stopped guessing is somebody like any other, and the memory is bounded."""
+    """An address that has stopped guessing is like any other, and the memory is bounded."""
     guesses = Guesses()
     for _ in range(10):
         guesses.note("192.0.2.1")

@@ -127,7 +127,7 @@ def test_hashes_can_begin_later(ask, path):
      (3 * BLOCK + 100, 1), (2**62, 5), (2**63 - 1, 1)],
 )  # fmt: skip
 def test_blocks_are_read(ask, path, offset, size):
-    """Exactly the octets that are there: fewer at the end of the file, none beyond it."""
+    """Exactly the bytes that are there: fewer at the end of the file, none beyond it."""
     response = ask("GET", "blocks", filename=path, offset=offset, size=size)
     expected = path.read_bytes()[offset : offset + size]
     assert (response.status_code, response.content) == (200, expected)
@@ -137,7 +137,7 @@ def test_blocks_are_read(ask, path, offset, size):
 
 @pytest.mark.parametrize("offset", [0, 5, 3 * BLOCK, 3 * BLOCK + 100, 10 * BLOCK])
 def test_blocks_are_written(ask, path, offset):
-    """The octets lie at the offset afterwards, and nothing else has changed (beyond the end, the file grows)."""
+    """The bytes lie at the offset afterwards, and nothing else has changed (beyond the end, the file grows)."""
     before = path.read_bytes().ljust(offset + 300, b"\0")
     data = make_data(300, 5)
     assert ask("POST", "blocks", data, filename=path, offset=offset).status_code == 200
@@ -176,7 +176,7 @@ def test_resize_creates_file_and_folders(ask, tmp_path):
 
 
 def test_digest_of_a_read_block_is_stated(ask, path):
-    """On request the header carries XXH128 of exactly the octets in the body."""
+    """On request the header carries XXH128 of exactly the bytes in the body."""
     response = ask("GET", "blocks", filename=path, offset=100, size=BLOCK, digest=1)
     assert response.headers["Pdiffcopy-Digest"] == xxhash.xxh3_128_hexdigest(response.content)
     assert response.content == path.read_bytes()[100 : 100 + BLOCK]
@@ -220,7 +220,7 @@ def test_wrong_digest_is_409(ask, path):
 
 
 def test_extents_are_read(ask, path):
-    """The body carries the octets of all extents, one after the other, in the order of the request."""
+    """The body carries the bytes of all extents, one after the other, in the order of the request."""
     data = path.read_bytes()
     response = ask("GET", "blocks", filename=path, extents="5:10,12000:388,0:1", digest=1)
     assert response.content == data[5:15] + data[12000:12388] + data[:1]
@@ -228,7 +228,7 @@ def test_extents_are_read(ask, path):
 
 
 def test_extents_are_written(ask, path):
-    """The octets are spread over the extents."""
+    """The bytes are spread over the extents."""
     before = path.read_bytes()
     digest = {"Pdiffcopy-Digest": xxhash.xxh3_128_hexdigest(b"abcdef")}
     response = ask("POST", "blocks", b"abcdef", digest, filename=path, extents="5:1,100:3,200:2")
@@ -243,7 +243,7 @@ def test_extents_have_to_lie_in_the_file_to_be_read(ask, path):
 
 
 def test_extents_have_to_fit_the_body(ask, path):
-    """Octets without a place and places without octets change nothing."""
+    """Bytes without a place and places without bytes change nothing."""
     before = snapshot(path)
     for body in (b"abc", b"abcde"):
         assert_problem(ask("POST", "blocks", body, filename=path, extents="0:2,8:2"), 400)
@@ -325,7 +325,7 @@ def test_sync_flushes(ask, path):
     assert_problem(ask("POST", "sync", filename=path.parent / "nothing"), 404)
 
 
-def test_names_are_octets(ask, tmp_path):
+def test_names_are_bytes(ask, tmp_path):
     """A name that isn't UTF-8 is a name like any other."""
     filename = os.fsencode(tmp_path) + b"/\xff\n%+&#"
     ask("POST", "resize", filename=filename, size=3)

@@ -46,7 +46,7 @@ def read_all(environ, length):
 
 
 class Stream(BytesIO):
-    """Hands out a few octets at a time, as a stream may."""
+    """Hands out a few bytes at a time, as a stream may."""
 
     def read(self, size=-1):
         return super().read(min(size, 1000))
@@ -55,7 +55,7 @@ class Stream(BytesIO):
 @pytest.mark.parametrize("size", [0, 1, 1000, CHUNK_SIZE + 1])
 @pytest.mark.parametrize("kind", [BytesIO, Stream])
 def test_any_stream_is_read(kind, size):
-    """Exactly the octets of the body, whatever comes behind them."""
+    """Exactly the bytes of the body, whatever comes behind them."""
     data = make_data(size)
     environ = create_environ(method="POST", input_stream=kind(data + b"behind"))
     assert read_all(environ, size) == data
@@ -117,18 +117,18 @@ def get_environ(sock, request):
 
 
 @pytest.mark.parametrize("together", [0, 1, 99, 100])
-def test_octets_come_from_the_socket(parsed, together):
+def test_bytes_come_from_the_socket(parsed, together):
     """What came with the head first, the rest through a pipe; then the next request begins where this one ended."""
     client, sock, parser = parsed
     body, follower = make_data(100), make_request(b"", "/next")
-    octets = make_request(body) + follower
-    cut = len(octets) - len(follower) - 100 + together
-    client.sendall(octets[:cut])
+    payload = make_request(body) + follower
+    cut = len(payload) - len(follower) - 100 + together
+    client.sendall(payload[:cut])
     request = next(parser)
     # Now the rest can't be part of what the parser has read.
-    client.sendall(octets[cut:])
+    client.sendall(payload[cut:])
     chunks = [(type(chunk), bytes(chunk)) for chunk in read_body(get_environ(sock, request), 100)]
-    assert b"".join(octets for _, octets in chunks) == body
+    assert b"".join(payload for _, payload in chunks) == body
     assert chunks[0] == (bytes, body[:together])
     assert {kind for kind, _ in chunks[1:]} == ({Piped} if together < 100 else set())
     assert next(parser).uri == "/next"
@@ -156,7 +156,7 @@ def test_body_that_is_not_read_is_skipped(parsed):
 
 
 def test_body_that_was_begun_is_read_the_usual_way(parsed):
-    """When gunicorn itself holds octets of the body, it's asked for all of them."""
+    """When gunicorn itself holds bytes of the body, it's asked for all of them."""
     client, sock, parser = parsed
     client.sendall(make_request(b"line\nrest"))
     environ = get_environ(sock, next(parser))
@@ -213,7 +213,7 @@ def path(tmp_path):
 
 
 def assert_written(path, data):
-    """These octets are at the beginning of the file, and nothing is behind them."""
+    """These bytes are at the beginning of the file, and nothing is behind them."""
     assert path.read_bytes() == data.ljust(LARGE, b"\0")
 
 
@@ -233,11 +233,11 @@ def test_body_in_one_segment_with_its_head(server, path, size):
 
 
 def test_body_in_tiny_segments(server, path):
-    """An octet at a time is slow but right."""
+    """A byte at a time is slow but right."""
     data = make_data(300)
     with talk(server) as connection:
-        for octet in make_write(path, data):
-            connection.sock.sendall(bytes([octet]))
+        for byte in make_write(path, data):
+            connection.sock.sendall(bytes([byte]))
         assert connection.receive() == (200, {"verified": True})
     assert_written(path, data)
 
@@ -246,10 +246,10 @@ def test_body_in_tiny_segments(server, path):
 def test_requests_in_a_row_without_waiting(server, path, size):
     """The next request behind a body, on the same connection and sent at once, gets its own answer."""
     blocks = [make_data(size, seed) for seed in range(4)]
-    octets = b"".join(make_write(path, block, i * size) for i, block in enumerate(blocks))
-    octets += make_request(b"", f"/resize?filename={quote(str(path))}&size={4 * size + 1}")
+    payload = b"".join(make_write(path, block, i * size) for i, block in enumerate(blocks))
+    payload += make_request(b"", f"/resize?filename={quote(str(path))}&size={4 * size + 1}")
     with talk(server) as connection:
-        sender = Thread(target=connection.sock.sendall, args=(octets,), daemon=True)
+        sender = Thread(target=connection.sock.sendall, args=(payload,), daemon=True)
         sender.start()
         assert [connection.receive() for _ in blocks] == [(200, {"verified": True})] * 4
         assert connection.receive() == (200, {"size": 4 * size + 1})
@@ -271,9 +271,9 @@ def test_refused_body_is_no_request(server, tmp_path):
 def test_connection_that_is_closed_early(server, path, sent):
     """What has arrived may lie in the file and nothing else does; the client, if it still listens, gets an error."""
     data = make_data(1_000_000)
-    octets = make_write(path, data)
+    payload = make_write(path, data)
     with talk(server) as connection:
-        connection.sock.sendall(octets[: len(octets) - len(data) + sent])
+        connection.sock.sendall(payload[: len(payload) - len(data) + sent])
         connection.sock.shutdown(socket.SHUT_WR)
         status, problem = connection.receive()
     assert (status, problem["title"]) == (408, "Request Timeout")
@@ -289,8 +289,8 @@ def test_stalled_client_is_given_up(impatient, tmp_path):
         connections = {sent: stack.enter_context(talk(impatient)) for sent in (0, 10, 500_000)}
         for sent, connection in connections.items():
             (tmp_path / str(sent)).write_bytes(bytes(len(data)))
-            octets = make_write(tmp_path / str(sent), data)
-            connection.sock.sendall(octets[: len(octets) - len(data) + sent])
+            payload = make_write(tmp_path / str(sent), data)
+            connection.sock.sendall(payload[: len(payload) - len(data) + sent])
         for sent, connection in connections.items():
             status, problem = connection.receive()
             assert status == 408 and "ended early" in problem["detail"]
@@ -309,8 +309,8 @@ def test_stalled_client_smuggles_nothing(impatient, path):
     head = len(make_write(path, bytes(500))) - 500
     follower = make_write(path, b"x" * (sent - 10 - head) + evil)
     with talk(impatient) as connection:
-        octets = make_write(path, data)
-        connection.sock.sendall(octets[: len(octets) - len(data) + 10])
+        payload = make_write(path, data)
+        connection.sock.sendall(payload[: len(payload) - len(data) + 10])
         # What comes together with the head takes another way.
         time.sleep(0.2)
         connection.sock.sendall(data[10:sent])
@@ -325,10 +325,10 @@ def test_stalled_client_smuggles_nothing(impatient, path):
 def test_slow_client_is_not_given_up(impatient, path):
     """Each wait is bounded, and not the whole request, as long as it makes progress."""
     data = make_data(8000)
-    octets = make_write(path, data)
+    payload = make_write(path, data)
     started = time.monotonic()
     with talk(impatient) as connection:
-        connection.sock.sendall(octets[:-8000])
+        connection.sock.sendall(payload[:-8000])
         for start in range(0, 8000, 1000):
             # It's the slowness that is tested.
             time.sleep(STALL / 4)
@@ -380,7 +380,7 @@ def test_extents_are_sent(server, tmp_path, extents):
 
 
 def test_extents_are_sent_without_gunicorn(tmp_path):
-    """Any WSGI server will do: it gets octets."""
+    """Any WSGI server will do: it gets bytes."""
     data = make_data(700_000)
     (tmp_path / "file").write_bytes(data)
     with LocalFile(str(tmp_path / "file")) as file:
@@ -394,7 +394,7 @@ def make_environ(sock: socket.socket) -> dict:
 
 
 @pytest.mark.parametrize("reason", ["HTTP/2", "cooperative"])
-def test_other_kinds_of_connections_get_octets_from_wsgi(tmp_path, reason):
+def test_other_kinds_of_connections_get_bytes_from_wsgi(tmp_path, reason):
     """What isn't plain HTTP/1 on a socket that blocks isn't for us to write to."""
     (tmp_path / "file").write_bytes(b"octets")
     near, far = socket.socketpair()
@@ -410,7 +410,7 @@ def test_other_kinds_of_connections_get_octets_from_wsgi(tmp_path, reason):
 
 
 def test_file_systems_without_sendfile(tmp_path, monkeypatch):
-    """The octets take the detour, where they have to."""
+    """The bytes take the detour, where they have to."""
 
     def refuse(*args):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -430,15 +430,15 @@ def test_slow_receiver_is_waited_for(tmp_path, connection):
     near, far = connection
     near.settimeout(30)
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    octets = make_data(8 * 1024 * 1024, 1)
-    (tmp_path / "file").write_bytes(octets)
+    payload = make_data(8 * 1024 * 1024, 1)
+    (tmp_path / "file").write_bytes(payload)
     extents = [Extent(5, 4_000_000), Extent(4_000_010, 1), Extent(5_000_000, 3_000_000)]
     with LocalFile(str(tmp_path / "file")) as file, ThreadPoolExecutor(1) as executor:
         future = executor.submit(Stored(file, extents).send, near)
         with far.makefile("rb") as reader:
             received = reader.read(sum(size for _, size in extents))
         future.result()
-    assert received == b"".join(octets[offset : offset + size] for offset, size in extents)
+    assert received == b"".join(payload[offset : offset + size] for offset, size in extents)
 
 
 def test_receiver_that_takes_nothing_is_given_up(tmp_path, connection):

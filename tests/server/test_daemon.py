@@ -68,10 +68,10 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("octets, status", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_request_is_a_problem(server, octets, status):
+@pytest.mark.parametrize("payload, status", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_request_is_a_problem(server, payload, status):
     """What isn't HTTP is answered like all that a client does wrong, and the connection ends."""
-    head, _, body = exchange(server.port, octets).partition(b"\r\n\r\n")
+    head, _, body = exchange(server.port, payload).partition(b"\r\n\r\n")
     lines = head.decode("ascii").split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines[1:])
     assert lines[0].startswith(f"HTTP/1.1 {status} ")
@@ -91,7 +91,7 @@ def test_malformed_request_is_a_problem(server, octets, status):
     ids=["cut", "nonsense", "version", "long", "zeros", "negative length", "two lengths"],
 )  # fmt: skip
 def test_what_is_not_http_is_refused(server, request_head):
-    """Octets that are no request get an error, or nothing, and the server goes on."""
+    """Bytes that are no request get an error, or nothing, and the server goes on."""
     with socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as sock:
         sock.sendall(request_head.encode())
         sock.shutdown(socket.SHUT_WR)
@@ -104,14 +104,14 @@ def test_what_is_not_http_is_refused(server, request_head):
 
 
 @pytest.mark.parametrize(
-    "octets",
+    "payload",
     [b"GET /in", make_head()[:-2], b"POST /resize HTTP/1.1\r\nHost: localhost\r\nContent-Le"],
     ids=["line", "head", "header"],
 )
-def test_half_a_request_is_given_up(impatient, octets):
+def test_half_a_request_is_given_up(impatient, payload):
     """A connection on which a request doesn't go on is closed, and that's no reason for a traceback."""
     started = time.monotonic()
-    exchange(impatient.port, octets)
+    exchange(impatient.port, payload)
     assert time.monotonic() - started >= STALL
     assert "Traceback" not in impatient.log.read_text()
 
@@ -231,7 +231,7 @@ def test_no_signal_changes_the_workers(launch, path):
 
 
 def test_pause_of_the_server_is_no_reason_to_restart_workers(monkeypatch):
-    """Who was stopped together with everybody else (Control-Z, a frozen container) isn't taken for hanging."""
+    """A process that was stopped with all others (Control-Z, a frozen container) isn't taken for hanging."""
     killed, clock = [], [100.0]
     monkeypatch.setattr(daemon.Arbiter, "murder_workers", lambda self: killed.append(clock[0]))
     monkeypatch.setattr(daemon.time, "monotonic", lambda: clock[0])
@@ -269,7 +269,7 @@ def test_renewed_certificate_is_used(launch, authority, tmp_path):
 
 
 def test_http_on_a_port_for_https_is_named(launch, authority):
-    """Who forgot an s gets to know it."""
+    """A user who forgot the s gets to know it."""
     server = serve_https(launch, authority)
     answer = exchange(server.port, make_head())
     assert answer.startswith(b"HTTP/1.1 400 ") and b"https" in answer

@@ -132,7 +132,7 @@ def test_crowd_keeps_no_client_out(serve, ask, path, tmp_path, opening, token):
 
 
 def test_client_keeps_its_connection_in_a_crowd(launch, ask, path):
-    """Who has shown the token once isn't sent away in favour of strangers."""
+    """A client that has shown the token once isn't sent away in favor of strangers."""
     server = launch("-c", "1", env={"PDIFFCOPY_TOKEN": TOKEN})
     with connect(server) as client, ExitStack() as stack:
         for _ in range(3):
@@ -172,7 +172,7 @@ def test_handshake_has_a_deadline(launch, authority):
 
 
 def test_silence_has_a_deadline(launch, authority):
-    """Who says nothing at all is given up, too."""
+    """The server gives up on a connection that says nothing at all, too."""
     for server in (launch(setup=HASTY), serve_https(launch, authority, setup=HASTY)):
         exchange(server.port, b"")
 
