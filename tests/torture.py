@@ -88,12 +88,15 @@ def break_the_network(pair: Pair, server: Server, seed: int) -> None:
 
 
 def restart_the_server(pair: Pair, folder: Path, seed: int) -> None:
-    """A run whose server is killed at a random moment, and comes back after a while."""
+    """A run whose server is killed at a random moment after its first answer, and comes back after a while."""
     chance = random.Random(seed)
-    server = start_server(folder, port=find_free_port())
+    log = folder / f"access-{seed}.log"
+    server = start_server(folder, f"--access-log={log}", port=find_free_port())
     with RelayProcess(server.port, rate=2_000_000) as relay:
         process = pair.via(relay.port).start("--timeout", "2", "-m", chance.choice(METHODS))
-        time.sleep(chance.uniform(0, LONGEST_RUN))
+        # A server that has never answered is given up soon.
+        wait_for(lambda: log.read_text() or process.poll() is not None, what="an answer")
+        time.sleep(0.1 + chance.uniform(0, LONGEST_RUN))
         kill_server(server)
         time.sleep(chance.uniform(0, 3))
         server = start_server(folder, port=server.port)
