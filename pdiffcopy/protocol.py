@@ -146,7 +146,7 @@ class Request:
         headers = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value != item.default:
+            if value != item.default or item.metadata["is_frozen"]:
                 text = item.metadata["kind"].write(value)
                 if header := item.metadata["header"]:
                     headers[header] = text
@@ -190,9 +190,9 @@ class HashesRequest(Request):
 
     verb, endpoint, action = "GET", "hashes", "hashes"
 
-    block_size: int = word(Integer(1, MAX_BLOCK_SIZE), BLOCK_SIZE)
+    block_size: int = word(Integer(1, MAX_BLOCK_SIZE), BLOCK_SIZE, is_frozen=True)
     method: str = word(Text())
-    concurrency: int = word(Integer(1, MAX_CONCURRENCY), 1)
+    concurrency: int = word(Integer(1, MAX_CONCURRENCY), 1, is_frozen=True)
     offset: int = word(Integer(), 0)
     checks: bool = word(Flag(), False)
     flush: bool = word(Flag(), False)

@@ -158,15 +158,16 @@ def check_digest(digest: str) -> str:
     return DIGEST.read("", digest)
 
 
-def word(kind: Text, default: Any = MISSING, header: str = "") -> Any:
+def word(kind: Text, default: Any = MISSING, header: str = "", is_frozen: bool = False) -> Any:
     """
     Declare a field of a request. It has the name of its parameter.
 
     :param kind: How the value is spelled.
     :param default: What it is when the request doesn't say so (by default the request has to).
     :param header: The header that carries it in place of a parameter.
+    :param is_frozen: Whether version 1.0.1 wants it in each request, also where it is the default of ours.
     """
-    return field(default=default, metadata={"kind": kind, "header": header})
+    return field(default=default, metadata={"kind": kind, "header": header, "is_frozen": is_frozen})
 
 
 # Query strings {{{1

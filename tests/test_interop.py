@@ -133,6 +133,16 @@ def test_new_client_needs_more_for_fsync(launch_old, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
+def test_command_line_works_with_an_old_server(launch_old, tmp_path):
+    """It needs no option for that: what an old server wants to know is said, also where it's the default here."""
+    write_pattern(tmp_path / "source", 3 * BLOCK)
+    write_pattern(tmp_path / "target", 3 * BLOCK, seed=2)
+    result = run_pdiffcopy("--json", "-c", "1", launch_old().location(tmp_path / "source"), tmp_path / "target")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["hash_method"] == "sha1"
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+
+
 @pytest.mark.parametrize("direction", ["download", "upload"])
 def test_hash_method_that_old_server_may_lack_is_refused(launch_old, tmp_path, direction):
     """An old server has what comes with Python, and tells of nothing else."""

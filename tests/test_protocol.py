@@ -85,6 +85,10 @@ def test_requests_are_those_of_the_frozen_protocol():
             HashesRequest(filename="/a b", block_size=10, method="sha1", concurrency=2),
             {"block_size": ["10"], "method": ["sha1"], "concurrency": ["2"]},
         ),
+        (
+            HashesRequest(filename="/a b", block_size=1048576, method="sha1", concurrency=1),
+            {"block_size": ["1048576"], "method": ["sha1"], "concurrency": ["1"]},
+        ),
         (ReadRequest.of([Extent(5, 10)], filename="/a b"), {"offset": ["5"], "size": ["10"]}),
         (WriteRequest.of([Extent(5, 10)], filename="/a b"), {"offset": ["5"]}),
         (ResizeRequest(filename="/a b", size=0), {"size": ["0"]}),
