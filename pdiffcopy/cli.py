@@ -19,7 +19,8 @@ Supported options:
   -m, --hash-method=NAME
 
     The hash method that compares blocks: any method of Python's hashlib that has a fixed length, 'blake3' (fast), or
-    'xxh128' (by far the fastest, for files that nobody manipulates on purpose). The default is 'sha1'.
+    'xxh128' (by far the fastest, for files that nobody manipulates on purpose). The default is 'auto': 'blake3' where
+    both sides have it, otherwise 'sha1', which every server knows.
 
   -W, --whole-file
 
@@ -221,6 +222,7 @@ def _make_client(**options: Any) -> Client:
         raise DependencyError(text, error=e) from e
     network: dict[str, Any] = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
     network["token"] = load_token(options.pop("token_file", ""))
+    options.setdefault("hash_method", "auto")
     client = Client(
         delta_transfer=not options.pop("whole_file", False),
         verify=not options.pop("no_verify", False),

@@ -2,20 +2,20 @@
 What do two sides state about bytes, to find out whether they are the same?
 
 An XXH128 digest (https://github.com/Cyan4973/xxHash), most significant digit first, as 32 hexadecimal digits: either of
-the bytes themselves, or *blockwise*, of the digests of their blocks. A side that has just compared these blocks by
-XXH128 knows the blockwise digest without reading anything again.
+the bytes themselves, or *blockwise*, of the digests of their blocks, by whichever method. A side that has just compared
+these blocks knows the blockwise digest without reading anything again.
 
 XXH128 is chosen here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import xxhash
 
-__all__ = ["METHOD", "BlockwiseHasher", "compute_digest", "digest_blockwise", "get_verifier", "new_hasher"]
+__all__ = ["METHOD", "BlockwiseHasher", "compute_digest", "digest_blockwise", "new_hasher"]
 
 METHOD = "xxh128"
 """The name of the hash method that compares blocks by the same digests."""
@@ -29,14 +29,16 @@ compute_digest = xxhash.xxh3_128_hexdigest
 class BlockwiseHasher:
     """Digests bytes by way of the digests of their blocks."""
 
-    def __init__(self, block_size: int):
+    def __init__(self, block_size: int, new_block: Callable[[], Any] = new_hasher):
         """
         Initialize a hash object.
 
         :param block_size: How many bytes a block has (the last one may be shorter).
+        :param new_block: Makes hash objects for the blocks.
         """
         self.block_size = self.room = block_size
-        self.block, self.digests = new_hasher(), new_hasher()
+        self.new_block = new_block
+        self.block, self.digests = new_block(), new_hasher()
 
     def update(self, chunk: memoryview) -> None:
         """Go on with some bytes, cut anywhere."""
@@ -55,17 +57,8 @@ class BlockwiseHasher:
 
     def _end_block(self) -> None:
         self.digests.update(self.block.hexdigest().encode("ascii"))
-        self.block.reset()
+        self.block = self.new_block()
         self.room = self.block_size
-
-
-def get_verifier(block_size: int) -> Any:
-    """
-    Make a hash object for what was transferred.
-
-    :param block_size: The size of the blocks of a blockwise digest (in bytes), 0 for a digest of the bytes themselves.
-    """
-    return BlockwiseHasher(block_size) if block_size else new_hasher()
 
 
 def digest_blockwise(digests: Iterable[str]) -> str:

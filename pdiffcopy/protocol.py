@@ -22,7 +22,8 @@ The rest a client uses only when the server lists it as a *feature* in its answe
     Each answer to a request with the header :data:`REQUEST_HEADER` says in :data:`ANSWER_HEADER` to which request it
     belongs (:func:`.sign_answer`), and documents state their digest in :data:`DIGEST_HEADER`.
 :data:`FEATURE_BLOCKWISE`
-    ``POST /blocks`` with ``block_size=`` states a blockwise digest: that of its blocks' digests (:mod:`.digests`).
+    ``POST /blocks`` with ``block_size=`` (and ``method=``) states a blockwise digest: that of its blocks' digests
+    (:mod:`.digests`).
 :data:`FEATURE_CLAIM`
     ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
     the next claim or ``POST /release?filename=&run=``. Both answer with what ``/info`` says of the file, and with
@@ -56,6 +57,7 @@ from urllib.parse import urlencode
 
 from pdiffcopy import BLOCK_SIZE
 from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, total_size
+from pdiffcopy.digests import METHOD
 from pdiffcopy.exceptions import LengthRequiredError, RequestError
 from pdiffcopy.words import (
     DIGEST,
@@ -249,6 +251,8 @@ class WriteRequest(Request):
     extents: tuple[Extent, ...] = word(Extents(), ())
     block_size: int = word(Integer(1, MAX_BLOCK_SIZE), 0)
     """The size of the blocks of a blockwise digest (0 when it is a plain one)."""
+    method: str = word(Text(), METHOD)
+    """The hash method of these blocks."""
     run: str = word(RUN, "")
     digest: str = word(DIGEST, "", header=DIGEST_HEADER)
 

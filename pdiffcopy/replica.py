@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 
-from pdiffcopy import __version__
+from pdiffcopy import __version__, digests
 from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, total_size
+from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, ReplacedError, SourceChangedError
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.names import MACHINE, Namespace, create_file, sync_folder
@@ -38,6 +39,8 @@ class Reading:
     """The digest that the sender states (empty when it states none)."""
     block_size: int = 0
     """The size of the blocks in bytes if that is a blockwise digest (see :mod:`.digests`), otherwise 0."""
+    method: str = digests.METHOD
+    """The hash method of the blocks in that case."""
     size: int = 0
     """How many bytes there are, as far as somebody has to know that before they come."""
 
@@ -221,8 +224,9 @@ class LocalReplica(Replica):
 
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`Replica.write`."""
+        blockwise = reading.block_size and BlockwiseHasher(reading.block_size, get_hasher(reading.method))
         with self._open(write=True) as file:
-            file.write(extents, reading.chunks, reading.digest, run, reading.block_size)
+            file.write(extents, reading.chunks, reading.digest, run, blockwise or None)
 
     def resize(self, size: int, run: str = "") -> None:
         """See :meth:`Replica.resize`."""

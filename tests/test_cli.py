@@ -223,7 +223,7 @@ def test_json_is_one_object(files, server):
     size = source.stat().st_size
     assert facts == {
         "source": f"{server.origin}{source}", "target": str(target), "dry_run": False, "delta_transfer": True,
-        "block_size": BLOCK, "hash_method": "sha1", "size": size, "similarity": 0.75, "verification": "verified",
+        "block_size": BLOCK, "hash_method": "blake3", "size": size, "similarity": 0.75, "verification": "verified",
         "blocks_compared": 8, "blocks_changed": 2, "bytes_compared": size, "bytes_moved": BLOCK + 100,
         "bytes_verified": BLOCK + 100, "retries": 0, "watched": True, "claimed": True, "bytes_cut": 0,
         "bytes_grown": 0,
@@ -340,7 +340,7 @@ def test_dry_run_reports_and_writes_nothing(files):
     before = snapshot(files[1])
     result = run_pdiffcopy("-n", "-b", str(BLOCK), *files)
     assert result.returncode == 0
-    assert "2 of 8 blocks differ (75.00% similar)" in result.stderr
+    assert "2 of 8 blocks differ (75.00% similar by blake3)" in result.stderr
     assert snapshot(files[1]) == before
 
 

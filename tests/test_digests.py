@@ -7,7 +7,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy.digests import BlockwiseHasher, digest_blockwise, get_verifier
+from pdiffcopy.digests import BlockwiseHasher, digest_blockwise
 from tests.support import make_data
 
 
@@ -41,10 +41,3 @@ def test_the_order_of_the_blocks_counts():
     """Two blocks that changed places aren't what they were."""
     one, two = xxhash.xxh3_128_hexdigest(b"one"), xxhash.xxh3_128_hexdigest(b"two")
     assert digest_blockwise([one, two]) != digest_blockwise([two, one])
-
-
-def test_without_blocks_it_is_the_digest_of_the_bytes():
-    """That's what a sender states that hasn't compared blocks."""
-    verifier = get_verifier(0)
-    verifier.update(b"octets")
-    assert verifier.hexdigest() == xxhash.xxh3_128_hexdigest(b"octets")

@@ -21,6 +21,7 @@ from pdiffcopy.exceptions import (
     ProgramError,
     TakenOverError,
 )
+from pdiffcopy.hashing import get_hasher
 from pdiffcopy.protocol import FEATURES
 from pdiffcopy.replica import LocalReplica, Reading, Replica
 from tests.support import make_data, snapshot, write_pattern
@@ -216,17 +217,23 @@ def test_wrong_digest_is_noticed(replica, data):
         replica.write([Extent(0, 4)], Reading([b"data"], xxhash.xxh3_128_hexdigest(b"dada")))
 
 
+@pytest.mark.parametrize("method", ["xxh128", "blake3", "md5"])
 @pytest.mark.parametrize("cut", [1, 7, 1000])
-def test_blockwise_digest_is_compared(replica, path, data, cut):
+def test_blockwise_digest_is_compared(replica, path, data, cut, method):
     """The digest of the digests of the blocks does as well, wherever the bytes were cut."""
     payload = make_data(2 * BLOCK + 100, 3)
     extents = [Extent(0, BLOCK), Extent(2 * BLOCK, BLOCK + 100)]
     chunks = [payload[i : i + cut] for i in range(0, len(payload), cut)]
     blocks = (payload[i : i + BLOCK] for i in range(0, len(payload), BLOCK))
-    digest = digest_blockwise(map(xxhash.xxh3_128_hexdigest, blocks))
-    replica.write(extents, Reading(chunks, digest, BLOCK))
+    digest = digest_blockwise(get_hasher(method)(block).hexdigest() for block in blocks)
+    replica.write(extents, Reading(chunks, digest, BLOCK, method))
     assert path.read_bytes() == payload[:BLOCK] + data[BLOCK : 2 * BLOCK] + payload[BLOCK:]
-    for wrong in (Reading(chunks, digest), Reading(chunks, digest, BLOCK + 1), Reading(chunks[::-1], digest, BLOCK)):
+    for wrong in (
+        Reading(chunks, digest),
+        Reading(chunks, digest, BLOCK + 1, method),
+        Reading(chunks[::-1], digest, BLOCK, method),
+        Reading(chunks, digest, BLOCK, "sha1"),
+    ):
         with pytest.raises(DigestMismatchError):
             replica.write(extents, wrong)
 

@@ -64,7 +64,7 @@ class Client(PropertyManager):
 
     @mutable_property
     def hash_method(self) -> str:
-        """The block hash method (a string, defaults to 'sha1')."""
+        """The block hash method (a string, defaults to 'sha1'; 'auto' is 'blake3' where both sides have it)."""
         return "sha1"
 
     @mutable_property

@@ -174,7 +174,9 @@ class _Transfer:
         if self.verification is Verification.BY_HASHES:
             reading = check_hashes(self.plan, self.batch, reading)
         elif self.verification is Verification.BLOCKWISE:
-            reading = replace(reading, digest=self.batch.digest, block_size=self.plan.block_size)
+            reading = replace(
+                reading, digest=self.batch.digest, block_size=self.plan.block_size, method=self.plan.method
+            )
         self.target.write(self.batch.extents, reading, self.plan.run)
 
     def _count_mismatch(self, error: DigestMismatchError, stated: str) -> None:

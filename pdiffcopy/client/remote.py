@@ -221,8 +221,8 @@ class RemoteReplica(Replica):
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`.Replica.write`."""
         request = WriteRequest.of(
-            extents, filename=self.filename, file_id=self.file_id, block_size=reading.block_size, run=run,
-            digest=reading.digest,
+            extents, filename=self.filename, file_id=self.file_id, block_size=reading.block_size,
+            method=reading.method, run=run, digest=reading.digest,
         )  # fmt: skip
         body = Reading(reading.chunks, size=total_size(extents))
         with self._exchange(request, body) as answer:

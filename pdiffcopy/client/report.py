@@ -87,7 +87,7 @@ class Report:
                 f"{pluralize(result.blocks_compared, 'block')} to copy" if self.dry_run else "The whole file was copied"
             )
         else:
-            text += f" ({_format_similarity(result)} similar)"
+            text += f" ({_format_similarity(result)} similar by {self.plan.method})"
         if not self.dry_run:
             text += f", moved {format_size(result.bytes_moved, binary=True)}"
         would_be = "would be " if self.dry_run else ""

@@ -46,6 +46,11 @@ from pdiffcopy.protocol import FEATURE_BLOCKWISE, FEATURE_DIGEST, FEATURE_EXTENT
 from pdiffcopy.replica import Replica
 from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
 
+AUTO, FAST, COMMON = "auto", "blake3", "sha1"
+"""The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
+CHEAP = frozenset([digests.METHOD, FAST])
+"""By which methods the target is digested sooner than the source is read once more."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +76,8 @@ class Options:
             raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
         if not 0 < self.concurrency <= MAX_CONCURRENCY:
             raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
-        object.__setattr__(self, "hash_method", find_method(self.hash_method))
+        if self.hash_method != AUTO:
+            object.__setattr__(self, "hash_method", find_method(self.hash_method))
 
 
 @dataclass(frozen=True)
@@ -147,17 +153,25 @@ class Run:
             raise FileMissingError("The source {label} doesn't exist", label=source.replica.label)
         if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":
             raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)
-        for side in (source, target):
-            # An old server doesn't tell its methods: it surely has those that come with every Python.
-            if self.options.hash_method not in (side.peer.methods or algorithms_guaranteed):
-                text = "The server of {label} has no hash method {method}"
-                raise UsageError(text, label=side.replica.label, method=self.options.hash_method)
+        self.method = self._choose_method()
         if writes and not target.peer.writable:
             raise ForbiddenError("The server of {label} is read-only", label=target.replica.label)
         if writes and self.options.fsync and FEATURE_SYNC not in target.peer.features:
             raise UsageError("The server of {label} is too old for --fsync", label=target.replica.label)
         # From then on each change of the source shows in its time. It comes before anything of it is read.
         time.sleep(source.info.settles_ms / 1000)
+
+    def _choose_method(self) -> str:
+        """Find the hash method, and refuse one that a side doesn't have."""
+        # An old server doesn't tell its methods: it surely has those that come with every Python.
+        known = [(side, side.peer.methods or algorithms_guaranteed) for side in (self.source, self.target)]
+        if self.options.hash_method == AUTO:
+            return FAST if all(FAST in methods for _, methods in known) else COMMON
+        for side, methods in known:
+            if self.options.hash_method not in methods:
+                text = "The server of {label} has no hash method {method}"
+                raise UsageError(text, label=side.replica.label, method=self.options.hash_method)
+        return self.options.hash_method
 
     def _inspect(self) -> list[Side]:
         """Ask both sides for size and identity, at the same time where that saves a round trip."""
@@ -185,7 +199,7 @@ class Run:
             size=source.size,
             target_size=target_size,
             block_size=options.block_size,
-            method=options.hash_method,
+            method=self.method,
             concurrency=options.concurrency,
             delta=self._delta,
             verification=self._choose_verification(),
@@ -200,8 +214,8 @@ class Run:
         if FEATURE_DIGEST not in source:
             # Where the blocks are given, there are no hashes of them.
             return Verification.NONE if self.is_given else Verification.BY_HASHES
-        # A run that compares by XXH128 has all that it takes. Other methods cost more than to read the changes again.
-        free = self._delta and not self.is_given and self.options.hash_method == digests.METHOD
+        # A run that compares by such a method has all that it takes.
+        free = self._delta and not self.is_given and self.method in CHEAP
         return Verification.BLOCKWISE if free and FEATURE_BLOCKWISE in target else Verification.STATED
 
     # Doing it {{{1

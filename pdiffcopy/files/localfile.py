@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo
-from pdiffcopy.digests import get_verifier, new_hasher
+from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     AbsentError,
     DigestMismatchError,
@@ -216,21 +216,21 @@ class LocalFile:
         return hasher.hexdigest()
 
     def write(
-        self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "", run: str = "", block_size: int = 0
+        self, extents: Sequence[Extent], chunks: Iterable[Chunk], digest: str = "", run: str = "", hasher: Any = None
     ) -> None:
         """
         Write bytes into extents, and check what lies there afterwards.
 
         :param extents: Where the bytes belong, one extent after the other.
         :param chunks: The bytes, cut anywhere, exactly as many as the extents take.
-        :param digest: The XXH128 digest that the sender states (an empty string: there's nothing to check against).
+        :param digest: The digest that the sender states (an empty string: there's nothing to check against).
         :param run: The run that has claimed the file (an empty string: none has).
-        :param block_size: The size of the blocks if that's a blockwise digest (see :mod:`.digests`), otherwise 0.
+        :param hasher: A hash object that makes such a digest (by default a plain one).
         :raises: :exc:`.DigestMismatchError` when the digest of the file's contents differs,
                  :exc:`.TakenOverError` when another run has claimed the file,
                  :exc:`.RangeError` when it has become too short for the run.
         """
-        hasher = get_verifier(block_size) if digest else None
+        hasher = (hasher or new_hasher()) if digest else None
         for offset, piece in spread(extents, chunks):
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.
             with self.claims.writing(run):

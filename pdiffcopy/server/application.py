@@ -136,7 +136,7 @@ class _Views:
         length = flask.request.content_length
         extents = request.get_extents(length)
         body = read_body(flask.request.environ, length or 0)
-        replica.write(extents, Reading(body, request.digest, request.block_size), request.run)
+        replica.write(extents, Reading(body, request.digest, request.block_size, request.method), request.run)
         return {answers.VERIFIED: bool(request.digest)}
 
     def resize(self, request: protocol.ResizeRequest, replica: LocalReplica) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from pdiffcopy.client import Client, Location, Network, get_hashes_fn, transfer_block_fn
+from pdiffcopy.client.plan import Verification
 from pdiffcopy.client.run import Run
 from pdiffcopy.exceptions import (
     FileError,
@@ -271,7 +272,7 @@ def test_report_counts_what_was_done(server, tmp_path, direction):
     assert (facts["bytes_compared"], facts["bytes_moved"]) == (len(data), BLOCK + 100)
     assert (facts["verification"], facts["bytes_verified"], facts["retries"]) == ("verified", BLOCK + 100, 0)
     assert facts["similarity"] == 0.8
-    assert "2 of 10 blocks differed (80.00% similar)" in str(report)
+    assert "2 of 10 blocks differed (80.00% similar by sha1)" in str(report)
 
 
 def test_verification_can_be_skipped(server, tmp_path, direction):
@@ -450,6 +451,35 @@ def test_hash_methods_may_be_spelled_as_python_allows(server, tmp_path, directio
     report = Client(**locations, block_size=BLOCK, hash_method=method).run()
     assert (tmp_path / "target").read_bytes() == data
     assert report.as_dict()["hash_method"] in ("sha1", "xxh128")
+
+
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [("", "blake3"), ("import pdiffcopy.replica as r; r.get_methods = lambda: frozenset(['sha1', 'md5'])", "sha1")],
+    ids=["both have blake3", "one lacks it"],
+)
+def test_hash_method_is_the_best_that_both_sides_have(launch, tmp_path, direction, setup, expected):
+    """Where a user leaves that to the program."""
+    data = write_pattern(tmp_path / "source", 3 * BLOCK)
+    write_pattern(tmp_path / "target", 3 * BLOCK, seed=2)
+    locations = place(launch(setup=setup), direction, tmp_path / "source", tmp_path / "target")
+    report = Client(**locations, block_size=BLOCK, hash_method="auto").run()
+    assert (tmp_path / "target").read_bytes() == data
+    assert report.as_dict()["hash_method"] == expected
+    assert f"by {expected})" in str(report)
+
+
+@pytest.mark.parametrize("method", ["xxh128", "blake3"])
+def test_source_is_not_read_again_for_its_digest(server, tmp_path, direction, method, monkeypatch):
+    """The digests that were compared are enough to verify, and the workers send what they send without reading it."""
+    data = write_pattern(tmp_path / "source", 5 * BLOCK)
+    write_pattern(tmp_path / "target", 5 * BLOCK, seed=2)
+    monkeypatch.setattr(LocalFile, "digest", None)
+    locations = place(server, direction, tmp_path / "source", tmp_path / "target")
+    report = Client(**locations, block_size=BLOCK, hash_method=method).run()
+    assert (tmp_path / "target").read_bytes() == data
+    assert report.plan.verification is Verification.BLOCKWISE
+    assert report.result.bytes_verified == 5 * BLOCK
 
 
 # What is refused before anything is touched {{{1

@@ -73,10 +73,13 @@ def test_verification(planned, wanted, dry_run, expected):
     [
         (
             make_report(),
-            "2 of 10 blocks differed (80.00% similar), moved 2 MiB in 2 seconds (5 MiB/s). Verified 2 MiB.",
+            "2 of 10 blocks differed (80.00% similar by sha1), moved 2 MiB in 2 seconds (5 MiB/s). Verified 2 MiB.",
         ),
-        (make_report(dry_run=True), "2 of 10 blocks differ (80.00% similar) in 2 seconds (5 MiB/s)."),
-        (make_report(result=EQUAL), "0 of 10 blocks differed (100.00% similar), moved 0 bytes in 2 seconds (5 MiB/s)."),
+        (make_report(dry_run=True), "2 of 10 blocks differ (80.00% similar by sha1) in 2 seconds (5 MiB/s)."),
+        (
+            make_report(result=EQUAL),
+            "0 of 10 blocks differed (100.00% similar by sha1), moved 0 bytes in 2 seconds (5 MiB/s).",
+        ),
         (
             make_report(replace(PLAN, delta=False), replace(RESULT, blocks_changed=10, retries=1)),
             "The whole file was copied, moved 2 MiB in 2 seconds (5 MiB/s). 1 retry. Verified 2 MiB.",
@@ -84,7 +87,7 @@ def test_verification(planned, wanted, dry_run, expected):
         (make_report(replace(PLAN, delta=False), dry_run=True), "10 blocks to copy in 2 seconds (5 MiB/s)."),
         (
             make_report(result=replace(RESULT, retries=3), verify=False),
-            "2 of 10 blocks differed (80.00% similar), moved 2 MiB in 2 seconds (5 MiB/s). 3 retries.",
+            "2 of 10 blocks differed (80.00% similar by sha1), moved 2 MiB in 2 seconds (5 MiB/s). 3 retries.",
         ),
     ],
     ids=["delta", "dry", "equal", "whole", "whole dry", "not verified"],
@@ -102,7 +105,7 @@ def test_sentences(report, expected):
 def test_similarity_is_rounded_down(compared, changed, expected):
     """As long as something differs, it isn't called wholly similar."""
     report = make_report(result=Result(blocks_compared=compared, blocks_changed=changed))
-    assert f"({expected} similar)" in str(report)
+    assert f"({expected} similar by sha1)" in str(report)
 
 
 def test_old_servers_are_a_warning():

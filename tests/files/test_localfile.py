@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdiffcopy.blocks import Extent
-from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.digests import BlockwiseHasher, digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, TakenOverError
 from pdiffcopy.files import claims
 from pdiffcopy.files.buffers import CHUNK_SIZE
@@ -226,8 +226,9 @@ def test_large_chunks_are_written_and_compared(tmp_path, kind, block_size):
                     assert pipe.write(data) == len(data)
                     chunk = Piped(source, len(data))
                 with nullcontext() if stated == digest else pytest.raises(DigestMismatchError):
-                    file.write([Extent(10, 2 * CHUNK_SIZE), Extent(700_000, CHUNK_SIZE + 5)], [chunk], stated, "",
-                               block_size)  # fmt: skip
+                    hasher = BlockwiseHasher(block_size) if block_size else None
+                    extents = [Extent(10, 2 * CHUNK_SIZE), Extent(700_000, CHUNK_SIZE + 5)]
+                    file.write(extents, [chunk], stated, hasher=hasher)
     first, second = data[: 2 * CHUNK_SIZE], data[2 * CHUNK_SIZE :]
     expected = bytearray(before.ljust(700_000 + len(second), b"\0"))
     expected[10 : 10 + len(first)] = first
