@@ -17,7 +17,7 @@ from typing import Any
 from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, BlockDigest, FileInfo
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import ProgramError, ProtocolError, ReportedError, TransientError
-from pdiffcopy.protocol import FEATURES
+from pdiffcopy.features import FEATURES
 
 PROBLEM_TYPE = "application/problem+json"
 DONE = "done"

@@ -226,7 +226,7 @@ def find_method(method: str) -> str:
     return str(hashlib.new(method, usedforsecurity=False).name)
 
 
-def get_hasher(method: str) -> Callable[[], Any]:
+def get_hasher(method: str) -> Callable[..., Any]:
     """
     Find a hash method.
 
@@ -248,7 +248,7 @@ def get_methods() -> frozenset[str]:
 
 
 @lru_cache(maxsize=256)
-def _find_hasher(method: str) -> Callable[[], Any] | None:
+def _find_hasher(method: str) -> Callable[..., Any] | None:
     if method == digests.METHOD:
         return digests.new_hasher
     if method == "blake3":

@@ -6,46 +6,7 @@ client encodes it, the server decodes it, and neither knows the words. What come
 that the code behind it can rely on ranges and types. (:mod:`.answers` has the way back.) There is no I/O here, and
 neither Flask nor requests.
 
-The requests that version 1.0.1 knows are frozen (see docs/design.rst). What was added since is optional. Some of it a
-server of that version ignores:
-
-``file_id=``
-    Which file the name has to lead to (see :class:`.FileInfo`). Otherwise the answer is 412, and nothing was touched.
-``flush=1``
-    Dirty pages are written back before ``/hashes`` and ``GET /blocks`` read them (see :func:`.kernel.write_back`).
-``nonce=``
-    A word that no other request has, so that no cache has an answer to it.
-
-The rest a client uses only when the server lists it as a *feature* in its answer to ``/info``:
-
-:data:`FEATURE_ANSWER`
-    Each answer to a request with the header :data:`REQUEST_HEADER` says in :data:`ANSWER_HEADER` to which request it
-    belongs (:func:`.sign_answer`), and documents state their digest in :data:`DIGEST_HEADER`.
-:data:`FEATURE_BLOCKWISE`
-    ``POST /blocks`` with ``block_size=`` (and ``method=``) states a blockwise digest: that of its blocks' digests
-    (:mod:`.digests`).
-:data:`FEATURE_CLAIM`
-    ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
-    the next claim or ``POST /release?filename=&run=``. Both answer with what ``/info`` says of the file, and with
-    :data:`.CLAIMED`. With ``create=1`` the claim creates a missing file (and missing parent folders), for those whom
-    ``mode=`` allows it (permission bits, a decimal number). ``GET /info``,
-    ``POST /blocks``, ``POST /resize`` and ``POST /sync`` with a ``run=`` that has lost its claim answer 423. Without it
-    they work as ever.
-:data:`FEATURE_DIGEST`
-    ``GET /blocks`` with ``digest=1`` states the digest of the bytes in the header :data:`DIGEST_HEADER` (and with
-    ``data=0`` nothing else). On
-    ``POST /blocks`` the client may state it; the server compares with what lies in the target after the write
-    and answers 409 if that differs. The digest is XXH128 (https://github.com/Cyan4973/xxHash), 32 hexadecimal digits.
-:data:`FEATURE_EXTENTS`
-    ``/blocks`` takes ``extents=OFFSET:SIZE,OFFSET:SIZE,...`` instead of offset and size: the body carries the bytes
-    of all of them, one after the other.
-:data:`FEATURE_RESUME`
-    ``/hashes`` takes ``offset=`` (a multiple of the block size) and begins there, and its lines come in order. With
-    ``checks=1`` the digest of the lines follows after each few of them (:func:`.format_checked`), empty lines keep the
-    connection alive, and the last line is :data:`.DONE` or a problem.
-:data:`FEATURE_SYNC`
-    ``POST /sync?filename=`` flushes the file to its disk. While that takes time, empty lines keep the connection
-    alive; the last line is :data:`.DONE` or a problem.
+The requests that version 1.0.1 knows are frozen; :mod:`.features` tells what was added since.
 """
 
 from __future__ import annotations
@@ -56,19 +17,21 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from urllib.parse import urlencode
 
 from pdiffcopy import BLOCK_SIZE
-from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, total_size
+from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, count_blocks, total_size
 from pdiffcopy.digests import METHOD
-from pdiffcopy.exceptions import LengthRequiredError, RequestError
+from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
 from pdiffcopy.words import (
     DIGEST,
     FILE_ID,
     MAX_BLOCK_SIZE,
     MAX_CONCURRENCY,
+    MAX_EXTENTS,
     RUN,
     Extents,
     Filename,
     Flag,
     Integer,
+    Packed,
     Text,
     check_extents,
     digest_query,
@@ -83,19 +46,8 @@ bit of an offset was damaged on its way. A server that knows the header answers 
 ANSWER_HEADER = "Pdiffcopy-Answer"
 """Says to which request an answer belongs (:func:`.sign_answer`): one that was kept or repeated isn't believed."""
 
-FEATURE_ANSWER, FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "answer", "blockwise", "claim", "digest"
-FEATURE_EXTENTS, FEATURE_RESUME, FEATURE_SYNC = "extents", "resume", "sync"
-FEATURES = frozenset(
-    [
-        FEATURE_ANSWER,
-        FEATURE_BLOCKWISE,
-        FEATURE_CLAIM,
-        FEATURE_DIGEST,
-        FEATURE_EXTENTS,
-        FEATURE_RESUME,
-        FEATURE_SYNC,
-    ]
-)
+MIN_PIECE, MAX_PIECE, MAX_PIECES = 4096, 256 * 1024, 16384
+"""How large a piece may be in bytes, and how many of them one request may ask for."""
 
 R = TypeVar("R", bound="Request")
 
@@ -210,6 +162,25 @@ class HashesRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class PiecesRequest(Request):
+    """The digests of the pieces of some extents."""
+
+    verb, endpoint, action = "GET", "pieces", "pieces"
+
+    extents: tuple[Extent, ...] = word(Extents())
+    size: int = word(Integer(MIN_PIECE, MAX_PIECE))
+    method: str = word(Text())
+    flush: bool = word(Flag(), False)
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense together."""
+        if self.size & (self.size - 1):
+            raise RequestError("The size of a piece has to be a power of two, not {size}", size=self.size)
+        if sum(count_blocks(extent.size, self.size) for extent in self.extents) > MAX_PIECES:
+            raise TooLargeError("A request may ask for {maximum} pieces at most", maximum=MAX_PIECES)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ReadRequest(Request):
     """The bytes of some extents, their digest, or both."""
 
@@ -219,6 +190,8 @@ class ReadRequest(Request):
     size: int | None = word(Integer(0, MAX_BLOCK_SIZE), None)
     extents: tuple[Extent, ...] = word(Extents(), ())
     """All of them have to lie within the file. (Of what offset and size say, only that part is meant.)"""
+    packed: tuple[Extent, ...] = word(Packed(), ())
+    """The same in a short form."""
     digest: bool = word(Flag(), False)
     data: bool = word(Flag(), True)
     flush: bool = word(Flag(), False)
@@ -228,17 +201,22 @@ class ReadRequest(Request):
         """Make a request for one extent or several, spelled the frozen way where that is possible."""
         if len(extents) == 1:
             return cls(offset=extents[0].offset, size=extents[0].size, **words)
-        return cls(extents=tuple(extents), **words)
+        return cls(**_place(extents), **words)
 
     def __post_init__(self) -> None:
         """Refuse a request that doesn't say what to read."""
-        for name in () if self.extents else ("size", "offset"):
+        for name in () if self.is_exact else ("size", "offset"):
             if getattr(self, name) is None:
                 raise RequestError("The parameter {name} is missing", name=name)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all that is asked for has to lie within the file."""
+        return bool(self.extents or self.packed)
+
     def get_extents(self) -> tuple[Extent, ...]:
         """Return what to read."""
-        return self.extents or (Extent(self.offset or 0, self.size or 0),)
+        return self.extents or self.packed or (Extent(self.offset or 0, self.size or 0),)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -249,6 +227,7 @@ class WriteRequest(Request):
 
     offset: int | None = word(Integer(), None)
     extents: tuple[Extent, ...] = word(Extents(), ())
+    packed: tuple[Extent, ...] = word(Packed(), ())
     block_size: int = word(Integer(1, MAX_BLOCK_SIZE), 0)
     """The size of the blocks of a blockwise digest (0 when it is a plain one)."""
     method: str = word(Text(), METHOD)
@@ -259,11 +238,11 @@ class WriteRequest(Request):
     @classmethod
     def of(cls, extents: Sequence[Extent], **words: Any) -> WriteRequest:
         """Make a request for one extent or several, spelled the frozen way where that is possible."""
-        return cls(offset=extents[0].offset, **words) if len(extents) == 1 else cls(extents=tuple(extents), **words)
+        return cls(offset=extents[0].offset, **words) if len(extents) == 1 else cls(**_place(extents), **words)
 
     def __post_init__(self) -> None:
         """Refuse a request that doesn't say where to write."""
-        if self.offset is None and not self.extents:
+        if self.offset is None and not (self.extents or self.packed):
             raise RequestError("The parameter {name} is missing", name="offset")
 
     def get_extents(self, length: int | None) -> tuple[Extent, ...]:
@@ -275,7 +254,7 @@ class WriteRequest(Request):
         """
         if length is None:
             raise LengthRequiredError("The body needs a Content-Length")
-        extents = self.extents or (Extent(self.offset or 0, length),)
+        extents = self.extents or self.packed or (Extent(self.offset or 0, length),)
         check_extents(extents)
         if length != total_size(extents):
             raise RequestError("The body has {length} bytes, the extents have a different size", length=length)
@@ -321,9 +300,14 @@ class SyncRequest(Request):
     run: str = word(RUN, "")
 
 
+def _place(extents: Sequence[Extent]) -> dict[str, Any]:
+    return {"extents" if len(extents) <= MAX_EXTENTS else "packed": tuple(extents)}
+
+
 REQUESTS: tuple[type[Request], ...] = (
     InfoRequest,
     HashesRequest,
+    PiecesRequest,
     ReadRequest,
     WriteRequest,
     ResizeRequest,

@@ -19,12 +19,12 @@ from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, total_size
 from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, ReplacedError, SourceChangedError
+from pdiffcopy.features import FEATURES
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.names import MACHINE, Namespace, create_file, sync_folder
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
-from pdiffcopy.protocol import FEATURES
 
 __all__ = ["LocalReplica", "Reading", "Replica"]
 
@@ -95,6 +95,15 @@ class Replica(ABC):
         :param stop: Where the last one ends (:data:`None`: where the file does).
         :returns: A generator of lists of neighboring blocks, in order, as they become known. A list is empty when the
                   next one takes long.
+        """
+
+    @abstractmethod
+    def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
+        """
+        Digest the pieces of some extents.
+
+        :param size: The size of a piece, a power of two. The last one of each extent may be shorter.
+        :returns: Their digests in hexadecimal, in order.
         """
 
     @abstractmethod
@@ -205,15 +214,31 @@ class LocalReplica(Replica):
         with file, nullcontext(self.hashers) if self.hashers else Hashers(concurrency) as hashers:
             yield from hashers.hash(file, start, stop, block_size, method, concurrency)
 
+    def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
+        """See :meth:`Replica.pieces`."""
+        new_hasher = get_hasher(method)
+        with self._open() as file:
+            self._check_range(file, extents)
+            file.prepare(extents)
+            return [
+                new_hasher(chunk[cut : cut + size]).hexdigest()
+                for chunk in file.chunks(extents)
+                for cut in range(0, len(chunk), size)
+            ]
+
+    def _check_range(self, file: LocalFile, extents: Sequence[Extent]) -> None:
+        if max(map(sum, extents), default=0) > file.size():
+            text = "Can't read all of {filename} that was asked for: it ends before an extent does"
+            raise RangeError(text, filename=self.label)
+
     @contextmanager
     def read(self, extents: Sequence[Extent], state_digest: bool = False, clip: bool = False) -> Iterator[Reading]:
         """See :meth:`Replica.read`."""
         with self._open() as file:
             if clip:
                 extents = [file.clip(extent) for extent in extents]
-            elif max(map(sum, extents), default=0) > file.size():
-                text = "Can't read all of {filename} that was asked for: it ends before an extent does"
-                raise RangeError(text, filename=self.label)
+            else:
+                self._check_range(file, extents)
             digest = file.digest(extents) if state_digest else ""
             yield Reading(Stored(file, extents), digest, size=total_size(extents))
 

@@ -7,6 +7,8 @@ of words. Whatever is wrong with one is a :exc:`.RequestError`, or as specific.
 
 from __future__ import annotations
 
+import base64
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +24,8 @@ MAX_BLOCK_SIZE = 1024**3
 """The largest block that one request may ask for or carry, in bytes."""
 MAX_EXTENTS = 128
 """How many extents fit into one request (each takes some twenty characters of its URL)."""
+MAX_PACKED = 1024
+"""How many do in their packed form (each takes three or four characters)."""
 MAX_CONCURRENCY = 1024
 _MAX_PARAMETERS = 32
 
@@ -134,6 +138,71 @@ class Extents(Text):
     def write(self, value: Sequence[Extent]) -> str:
         """See :meth:`Text.write`."""
         return ",".join(f"{extent.offset}:{extent.size}" for extent in value)
+
+
+class Packed(Text):
+    """
+    Many extents in a few characters each, in ascending order.
+
+    In base64url without padding (RFC 4648) there are numbers of 7 bits a byte, the lowest bits first, with the highest
+    bit of each byte but the last one set (LEB128): the unit in bytes, and for each extent its distance from the end of
+    the one before and its size, both in units. The last size is rounded up, and the last number says by how many bytes.
+    """
+
+    def read(self, name: str, text: str) -> tuple[Extent, ...]:
+        """See :meth:`Text.read`."""
+        try:
+            unit, *pairs, surplus = _read_numbers(base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True))
+        except ValueError:
+            raise RequestError("The packed extents are malformed") from None
+        if len(pairs) > 2 * MAX_PACKED:
+            raise TooLargeError("A request may carry {maximum} packed extents at most", maximum=MAX_PACKED)
+        if len(pairs) % 2 or not unit or not pairs or not all(pairs[1::2]) or surplus >= unit:
+            raise RequestError("The packed extents are malformed")
+        extents, end = [], 0
+        for distance, size in zip(pairs[::2], pairs[1::2], strict=True):
+            extents.append(Extent(end + distance * unit, size * unit))
+            end += (distance + size) * unit
+        extents[-1] = Extent(extents[-1].offset, extents[-1].size - surplus)
+        check_extents(extents)
+        return tuple(extents)
+
+    def write(self, value: Sequence[Extent]) -> str:
+        """See :meth:`Text.write`."""
+        if not value:
+            return ""
+        last = value[-1].size
+        unit = math.gcd(*(offset for offset, _ in value), *(size for _, size in value[:-1])) or last
+        numbers, end = [unit], 0
+        for offset, size in value:
+            numbers += [(offset - end) // unit, -(-size // unit)]
+            end = offset + -(-size // unit) * unit
+        numbers.append(-last % unit)
+        return base64.urlsafe_b64encode(b"".join(map(_write_number, numbers))).rstrip(b"=").decode("ascii")
+
+
+def _write_number(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
+
+
+def _read_numbers(data: bytes) -> list[int]:
+    numbers, number, shift = [], 0, 0
+    for byte in data:
+        number |= (byte & 127) << shift
+        shift += 7
+        if shift > 63:
+            raise ValueError("too large")
+        if byte < 128:
+            numbers.append(number)
+            number = shift = 0
+    if shift or len(numbers) < 2:
+        raise ValueError("it ends early")
+    return numbers
 
 
 def check_extents(extents: Sequence[Extent]) -> None:

@@ -22,7 +22,7 @@ from pdiffcopy.answers import (
 )
 from pdiffcopy.blocks import MAX_OFFSET, BlockDigest, FileInfo
 from pdiffcopy.exceptions import ProtocolError
-from pdiffcopy.protocol import FEATURES
+from pdiffcopy.features import FEATURES
 
 # Hash lines {{{1
 

@@ -19,12 +19,23 @@ from pdiffcopy.protocol import (
     ClaimRequest,
     HashesRequest,
     InfoRequest,
+    PiecesRequest,
     ReadRequest,
     ResizeRequest,
     WriteRequest,
 )
 from pdiffcopy.replica import Replica
-from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_EXTENTS, Integer, check_digest, check_query, parse_query, peek
+from pdiffcopy.words import (
+    MAX_BLOCK_SIZE,
+    MAX_EXTENTS,
+    MAX_PACKED,
+    Integer,
+    Packed,
+    check_digest,
+    check_query,
+    parse_query,
+    peek,
+)
 
 FILE = {"filename": "/a"}
 
@@ -37,6 +48,17 @@ def decode(kind, headers=(), **words):
 # Requests {{{1
 
 EXTENTS = st.builds(Extent, st.integers(0, MAX_OFFSET - MAX_BLOCK_SIZE), st.integers(1, MAX_BLOCK_SIZE // MAX_EXTENTS))
+
+
+def lay_out(pairs: list[tuple[int, int]]) -> tuple[Extent, ...]:
+    """Extents with these distances and sizes, in pages, the last one a byte shorter."""
+    extents, end = [], 0
+    for distance, size in pairs:
+        extents.append(Extent(end + distance * 4096, size * 4096))
+        end = sum(extents[-1])
+    return (*extents[:-1], Extent(extents[-1].offset, extents[-1].size - 1))
+
+
 WORDS = {
     "filename": st.text(min_size=1).filter(lambda name: "\0" not in name).map(lambda name: "/" + name),
     "file_id": st.sampled_from(["", "fe00:1234@0b-1", "!~"]),
@@ -45,6 +67,7 @@ WORDS = {
     "size": st.integers(0, MAX_BLOCK_SIZE),
     "offset": st.just(0) | st.integers(1, 100).map(lambda count: count * 4096),
     "extents": st.lists(EXTENTS, max_size=MAX_EXTENTS).map(tuple),
+    "packed": st.just(()) | st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1).map(lay_out),
     "block_size": st.just(4096),
     "concurrency": st.integers(1, 1024),
     "mode": st.integers(0, 0o777),
@@ -60,6 +83,8 @@ def test_requests_survive(kind, data):
     values = {item.name: data.draw(WORDS[item.name], item.name) for item in fields(kind)}
     if kind is ReadRequest:
         values["digest"] = data.draw(st.booleans())
+    if kind is PiecesRequest:
+        values["size"], values["extents"] = 4096, (Extent(data.draw(st.integers(0, 9)), data.draw(st.integers(1, 99))),)
     request = kind(**values)
     query, headers = request.encode(nonce="abc")
     assert query.isascii()
@@ -273,6 +298,51 @@ def test_extents_have_bounds(text):
     """A request is neither larger than allowed nor beyond what a file can be."""
     with pytest.raises(TooLargeError):
         decode(ReadRequest, extents=text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1, max_size=200).map(lay_out))
+def test_packed_extents_survive(extents):
+    """Whatever the distances are, and they take a few characters each."""
+    text = Packed().write(extents)
+    assert Packed().read("packed", text) == extents
+    assert len(text) < 10 + 3 * len(extents)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A", "AA", "AAAA", "gICAgICAgICAgICA", "AQEA", "AQABAQ", "AQEAAA", "!", "AQEB==", "é"]
+)
+def test_impossible_packed_extents(text):
+    """What isn't whole, or has no size, is refused."""
+    with pytest.raises(RequestError, match="malformed"):
+        decode(ReadRequest, packed=text)
+
+
+@given(st.text(st.sampled_from("ABCgQwxyz019_-"), max_size=40))
+def test_any_packed_extents_are_read_or_refused(text):
+    """Nothing but an error for the client comes of nonsense."""
+    try:
+        extents = decode(ReadRequest, packed=text).packed
+    except (RequestError, TooLargeError):
+        return
+    assert extents and all(extent.size > 0 for extent in extents)
+
+
+def test_packed_extents_have_bounds():
+    """Neither too many, nor beyond what a file can be."""
+    most = tuple(Extent(2 * number, 1) for number in range(MAX_PACKED))
+    assert decode(ReadRequest, packed=Packed().write(most)).get_extents() == most
+    for extents in ((*most, Extent(MAX_PACKED * 2, 1)), (Extent(MAX_OFFSET, 1),), (Extent(0, MAX_BLOCK_SIZE + 1),)):
+        with pytest.raises(TooLargeError):
+            decode(ReadRequest, packed=Packed().write(extents))
+
+
+@pytest.mark.parametrize("size", [0, 4095, 6000, 512 * 1024])
+def test_pieces_have_certain_sizes(size):
+    """Powers of two, neither tiny nor huge, and not too many of them."""
+    with pytest.raises((RequestError, TooLargeError)):
+        decode(PiecesRequest, extents="0:10", size=size, method="md5")
+    with pytest.raises(TooLargeError, match="16384 pieces"):
+        decode(PiecesRequest, extents=f"0:{16384 * 4096 + 1}", size=4096, method="md5")
 
 
 @pytest.mark.parametrize("text", [f"0:{MAX_BLOCK_SIZE}", f"{MAX_OFFSET - 1}:1"])

@@ -21,8 +21,8 @@ from pdiffcopy.exceptions import (
     ProgramError,
     TakenOverError,
 )
+from pdiffcopy.features import FEATURES
 from pdiffcopy.hashing import get_hasher
-from pdiffcopy.protocol import FEATURES
 from pdiffcopy.replica import LocalReplica, Reading, Replica
 from tests.support import make_data, snapshot, write_pattern
 
@@ -140,6 +140,31 @@ def test_hashes_of_a_missing_file(replica):
     """There's nothing to hash."""
     with pytest.raises(FileMissingError):
         list(replica.hashes(BLOCK, "sha1", 2, stop=100))
+
+
+@pytest.mark.parametrize("count", [1, 2, 200])
+@pytest.mark.parametrize("method", ["xxh128", "blake3", "sha1"])
+def test_pieces_are_digested(replica, path, data, method, count):
+    """Each piece of each extent, also of many, the last one of an extent for what's left of it."""
+    write_pattern(path, 3 * count * 4096)
+    extents = [Extent(3 * number * 4096 + 1, 2 * 4096 - 1) for number in range(count)]
+    whole = path.read_bytes()
+    pieces = [whole[o : o + s] for offset, _ in extents for o, s in ((offset, 4096), (offset + 4096, 4095))]
+    assert replica.pieces(extents, 4096, method) == [get_hasher(method)(piece).hexdigest() for piece in pieces]
+    with pytest.raises(ProgramError):
+        replica.pieces([Extent(0, len(whole) + 1)], 4096, method)
+
+
+def test_many_extents_are_read_and_written(replica, path, data):
+    """More than a list of them in a URL could name."""
+    size = 1000 * 4096
+    before = write_pattern(path, size)
+    extents = [Extent(offset, 100) for offset in range(0, size, 4096)]
+    assert read(replica, *extents) == b"".join(before[o : o + s] for o, s in extents)
+    payload = make_data(100 * len(extents), 5)
+    replica.write(extents, Reading([payload], xxhash.xxh3_128_hexdigest(payload)))
+    assert read(replica, *extents) == payload
+    assert path.read_bytes()[100:4096] == before[100:4096]
 
 
 @pytest.mark.parametrize(
@@ -312,6 +337,7 @@ def test_folder_is_refused(replica, path):
     for action in (
         replica.info,
         lambda: list(replica.hashes(1, "sha1", 1, stop=1)),
+        lambda: replica.pieces([Extent(0, 1)], 4096, "sha1"),
         lambda: read(replica, Extent(0, 1)),
         lambda: replica.write([Extent(0, 1)], Reading([b"x"])),
         lambda: replica.resize(1),

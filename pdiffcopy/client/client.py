@@ -14,8 +14,9 @@ from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY
 from pdiffcopy.blocks import block_length
 from pdiffcopy.client.location import Location
 from pdiffcopy.client.network import Network
+from pdiffcopy.client.plan import Options
 from pdiffcopy.client.report import Report
-from pdiffcopy.client.run import Options, Run
+from pdiffcopy.client.run import Run
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.exceptions import UsageError
 

@@ -54,6 +54,8 @@ class Batch:
     bytes_compared: int = 0
     digest: str = ""
     """The digest of the digests of the changed blocks (see :func:`.digest_blockwise`)."""
+    unit: int = 0
+    """The size of the pieces of which that is, in bytes (0: it is of whole blocks)."""
 
     @property
     def size(self) -> int:

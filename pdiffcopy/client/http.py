@@ -34,10 +34,11 @@ from pdiffcopy.exceptions import (
     TransientError,
     get_error_class,
 )
+from pdiffcopy.features import FEATURE_ANSWER
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.splice import Chunk, Piped, receive
 from pdiffcopy.files.stored import Stored
-from pdiffcopy.protocol import ANSWER_HEADER, DIGEST_HEADER, FEATURE_ANSWER, REQUEST_HEADER, Request
+from pdiffcopy.protocol import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, Request
 from pdiffcopy.replica import Reading
 from pdiffcopy.words import check_digest
 

@@ -23,6 +23,7 @@ What may: a batch is written completely or its failure ends the run, and doing i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from itertools import chain, islice
 
 from pdiffcopy.blocks import Block, block_length, halve
 from pdiffcopy.client.delta import Batch, compare, make_batches
+from pdiffcopy.client.pieces import Judge, look_closely
 from pdiffcopy.client.plan import Plan, Result, Verification
 from pdiffcopy.client.progress import Reporter, Tally
 from pdiffcopy.client.retry import Patience
@@ -99,22 +101,30 @@ def generate_batches(plan: Plan, replicas: Replicas, is_awaited: Callable[[], bo
 # Moving {{{1
 
 
-def transfer_batch(plan: Plan, batch: Batch, replicas: Replicas, retries: int, reporter: Reporter) -> Result:
+def transfer_batch(
+    plan: Plan, batch: Batch, replicas: Replicas, retries: int, reporter: Reporter, judge: Judge
+) -> Result:
     """
     Bring the extents of a batch into line (this is what a worker process does).
 
     :param retries: How often something may fail in a row.
     :param reporter: Is told of the bytes as they pass.
+    :param judge: Decides whether to compare the blocks in pieces first.
     :raises: :exc:`.VerificationError` when the target keeps differing from what the source sends.
     """
-    transfer = _Transfer(plan, batch, replicas, Patience(retries), Tally(batch.size, batch.bytes_compared, reporter))
-    mismatches = transfer.run() if batch.extents else 0
-    transfer.tally.finish()
+    source, target, patience = open_source(plan, replicas), open_target(plan, replicas), Patience(retries)
+    parts = look_closely(plan, batch, source, target, judge) if batch.extents else []
+    size = sum(part.size for part in parts)
+    tally = Tally(size, batch.bytes_compared, reporter)
+    started = time.monotonic()
+    mismatches = sum(_Transfer(plan, part, source, target, patience, tally).run() for part in parts)
+    judge.note_move(size, time.monotonic() - started)
+    tally.finish()
     return replace(
         Result.of_comparison(batch),
-        bytes_moved=batch.size,
-        bytes_verified=batch.size if plan.verification is not Verification.NONE else 0,
-        retries=transfer.patience.total + mismatches,
+        bytes_moved=size,
+        bytes_verified=size if plan.verification is not Verification.NONE else 0,
+        retries=patience.total + mismatches,
     )
 
 
@@ -126,10 +136,9 @@ class _Transfer:
     lasts for long, and where one byte in many arrives wrong.
     """
 
-    def __init__(self, plan: Plan, batch: Batch, replicas: Replicas, patience: Patience, tally: Tally):
+    def __init__(self, plan: Plan, batch: Batch, source: Replica, target: Replica, patience: Patience, tally: Tally):
         self.plan, self.batch, self.patience, self.tally = plan, batch, patience, tally
-        self.replicas = replicas
-        self.source, self.target = open_source(plan, replicas), open_target(plan, replicas)
+        self.source, self.target = source, target
         self.verification = plan.verification
         self.mismatches = 0
 
@@ -145,7 +154,7 @@ class _Transfer:
 
     def _halve(self) -> Iterator[_Transfer]:
         for extents in halve(self.batch.extents):
-            half = _Transfer(self.plan, Batch(extents), self.replicas, self.patience, self.tally)
+            half = _Transfer(self.plan, Batch(extents), self.source, self.target, self.patience, self.tally)
             half.verification = self.verification
             yield half
 
@@ -175,7 +184,10 @@ class _Transfer:
             reading = check_hashes(self.plan, self.batch, reading)
         elif self.verification is Verification.BLOCKWISE:
             reading = replace(
-                reading, digest=self.batch.digest, block_size=self.plan.block_size, method=self.plan.method
+                reading,
+                digest=self.batch.digest,
+                block_size=self.batch.unit or self.plan.block_size,
+                method=self.plan.method,
             )
         self.target.write(self.batch.extents, reading, self.plan.run)
 
@@ -209,7 +221,10 @@ class _Transfer:
             raise SourceChangedError.of(self.source.label, "contents")
 
     def _digest_again(self) -> Iterator[str]:
-        """Yield the digests of the blocks of the batch, as the source has them now."""
+        """Yield the digests of the blocks (or pieces) of the batch, as the source has them now."""
+        if self.batch.unit:
+            yield from self.source.pieces(self.batch.extents, self.batch.unit, self.plan.method)
+            return
         start, stop = self.batch.extents[0].offset, sum(self.batch.extents[-1])
         remaining = list(reversed(self.batch.extents))
         with closing(_digests(self.plan, self.source, start, stop)) as digests:

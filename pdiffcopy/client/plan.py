@@ -1,4 +1,4 @@
-"""What does a run do, and what has become of it?"""
+"""What is wanted of a run, what does it do, and what has become of it?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,34 @@ from enum import Enum
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.delta import Batch
-from pdiffcopy.words import MAX_EXTENTS
+from pdiffcopy.exceptions import UsageError
+from pdiffcopy.hashing import find_method
+from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
+
+AUTO, FAST, COMMON = "auto", "blake3", "sha1"
+"""The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user wants of a run (:class:`.Client` has the defaults)."""
+
+    block_size: int
+    concurrency: int
+    delta_transfer: bool
+    dry_run: bool
+    fsync: bool
+    hash_method: str
+    verify: bool
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant, and find the name that both sides have for the hash method."""
+        if not 0 < self.block_size <= MAX_BLOCK_SIZE:
+            raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
+        if not 0 < self.concurrency <= MAX_CONCURRENCY:
+            raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
+        if self.hash_method != AUTO:
+            object.__setattr__(self, "hash_method", find_method(self.hash_method))
 
 
 class Verification(Enum):
@@ -39,6 +66,8 @@ class Plan:
     delta: bool
     """Whether the target is compared (otherwise all of the source is copied)."""
     verification: Verification
+    piece_size: int = 0
+    """In how large pieces changed blocks are compared once more, in bytes (0: they aren't)."""
     max_extents: int = MAX_EXTENTS
     run: str = ""
     """The name under which the target is claimed (empty when it can't be)."""

@@ -37,14 +37,13 @@ from pdiffcopy.exceptions import (
     ReplacedError,
     TransientError,
 )
+from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.protocol import (
-    FEATURE_ANSWER,
-    FEATURE_CLAIM,
-    FEATURE_RESUME,
     ClaimRequest,
     HashesRequest,
     InfoRequest,
+    PiecesRequest,
     ReadRequest,
     ReleaseRequest,
     Request,
@@ -53,6 +52,7 @@ from pdiffcopy.protocol import (
     WriteRequest,
 )
 from pdiffcopy.replica import Reading, Replica
+from pdiffcopy.words import MAX_EXTENTS
 
 
 class Answer(Protocol):
@@ -187,6 +187,21 @@ class RemoteReplica(Replica):
                 if start <= line.offset < stop:
                     yield line
 
+    def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
+        """See :meth:`.Replica.pieces`."""
+        digests = []
+        for start in range(0, len(extents), MAX_EXTENTS):
+            part = tuple(extents[start : start + MAX_EXTENTS])
+            request = PiecesRequest(
+                filename=self.filename, file_id=self.file_id, extents=part, size=size, method=method, flush=self.flush
+            )
+            document = self._ask(request)
+            length, rest = divmod(len(document), sum(count_blocks(extent.size, size) for extent in part))
+            if rest or not length:
+                raise ProtocolError("{url}: the server's digests don't fit what was asked for", url=self.label)
+            digests += [document[at : at + length].hex() for at in range(0, len(document), length)]
+        return digests
+
     def _get_size(self) -> int:
         return self.info()[0].size if self._size is None else self._size
 
@@ -232,7 +247,7 @@ class RemoteReplica(Replica):
 
     def resize(self, size: int, run: str = "") -> None:
         """See :meth:`.Replica.resize`."""
-        self._post(ResizeRequest(filename=self.filename, file_id=self.file_id, size=size, run=run))
+        self._ask(ResizeRequest(filename=self.filename, file_id=self.file_id, size=size, run=run))
 
     def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""
@@ -241,15 +256,15 @@ class RemoteReplica(Replica):
         request = ClaimRequest(
             filename=self.filename, file_id=self.file_id, run=run, create=create, mode=mode if create else FileInfo.mode
         )
-        document = self._post(request)
+        document = self._ask(request)
         return decode_flag(document, CLAIMED), decode_info(document, exists=True)[0]
 
     def release(self, run: str) -> FileInfo:
         """See :meth:`.Replica.release`."""
-        document = self._post(ReleaseRequest(filename=self.filename, file_id=self.file_id, run=run))
+        document = self._ask(ReleaseRequest(filename=self.filename, file_id=self.file_id, run=run))
         return decode_info(document, exists=True)[0]
 
-    def _post(self, request: Request) -> bytes:
+    def _ask(self, request: Request) -> bytes:
         def ask() -> bytes:
             with self._exchange(request) as answer:
                 return answer.read_document()

@@ -27,8 +27,9 @@ from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import Block, FileInfo, block_length
 from pdiffcopy.client.delta import Batch, make_batches
+from pdiffcopy.client.pieces import PIECE_SIZE, Judge
 from pdiffcopy.client.pipeline import find_blocks, generate_batches, open_target, transfer_batch
-from pdiffcopy.client.plan import Plan, Result, Verification
+from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Result, Verification
 from pdiffcopy.client.progress import Reporter, make_reporter
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Replicas, Servers
@@ -40,14 +41,11 @@ from pdiffcopy.exceptions import (
     SourceChangedError,
     UsageError,
 )
-from pdiffcopy.hashing import find_method
+from pdiffcopy.features import FEATURE_BLOCKWISE, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_SYNC
 from pdiffcopy.mp import WorkerPool, make_queue
-from pdiffcopy.protocol import FEATURE_BLOCKWISE, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_SYNC
 from pdiffcopy.replica import Replica
-from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
+from pdiffcopy.words import MAX_EXTENTS
 
-AUTO, FAST, COMMON = "auto", "blake3", "sha1"
-"""The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
 CHEAP = frozenset([digests.METHOD, FAST])
 """By which methods the target is digested sooner than the source is read once more."""
 
@@ -56,28 +54,6 @@ logger = logging.getLogger(__name__)
 
 Finder = Callable[[Plan, Replicas, Callable[[], bool]], Iterable[Batch]]
 """Finds out what there is to transfer, like :func:`.generate_batches`. It has to be picklable."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user wants of a run (:class:`.Client` has the defaults)."""
-
-    block_size: int
-    concurrency: int
-    delta_transfer: bool
-    dry_run: bool
-    fsync: bool
-    hash_method: str
-    verify: bool
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be meant, and find the name that both sides have for the hash method."""
-        if not 0 < self.block_size <= MAX_BLOCK_SIZE:
-            raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
-        if not 0 < self.concurrency <= MAX_CONCURRENCY:
-            raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
-        if self.hash_method != AUTO:
-            object.__setattr__(self, "hash_method", find_method(self.hash_method))
 
 
 @dataclass(frozen=True)
@@ -203,9 +179,15 @@ class Run:
             concurrency=options.concurrency,
             delta=self._delta,
             verification=self._choose_verification(),
+            piece_size=self._choose_piece_size(),
             max_extents=MAX_EXTENTS if many_extents else 1,
             run=run,
         )
+
+    def _choose_piece_size(self) -> int:
+        both = self.source.peer.features & self.target.peer.features
+        is_possible = FEATURE_PIECES in both and self.options.block_size % PIECE_SIZE == 0
+        return PIECE_SIZE if is_possible and self._delta and not self.is_given else 0
 
     def _choose_verification(self) -> Verification:
         source, target = self.source.peer.features, self.target.peer.features
@@ -272,7 +254,7 @@ class Run:
             concurrency=count,
             input_queue=queue,
             generator_fn=partial(_generate, self._find, self.servers, receiver, queue.empty),
-            worker_fn=partial(_transfer, self.servers, retries, reporter),
+            worker_fn=partial(_transfer, self.servers, retries, reporter, Judge()),
         )
         with receiver, sender, pool, reporter:
             yield pool, sender.send
@@ -339,7 +321,7 @@ def _generate(
         yield plan, batch
 
 
-def _transfer(servers: Servers, retries: int, reporter: Reporter, item: tuple[Plan, Batch]) -> Result:
+def _transfer(servers: Servers, retries: int, reporter: Reporter, judge: Judge, item: tuple[Plan, Batch]) -> Result:
     """Do what a worker process does."""
     plan, batch = item
-    return transfer_batch(plan, batch, servers, retries, reporter)
+    return transfer_batch(plan, batch, servers, retries, reporter, judge)

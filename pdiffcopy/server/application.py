@@ -122,7 +122,7 @@ class _Views:
         """``GET /blocks``"""
         with ExitStack() as stack:
             state_digest = request.digest and flask.request.method != "HEAD"
-            reading = stack.enter_context(replica.read(request.get_extents(), state_digest, not request.extents))
+            reading = stack.enter_context(replica.read(request.get_extents(), state_digest, not request.is_exact))
             headers = {"Content-Length": str(reading.size if request.data else 0)}
             if reading.digest:
                 headers[protocol.DIGEST_HEADER] = reading.digest
@@ -130,6 +130,11 @@ class _Views:
             response = Response(body, headers=headers, mimetype="application/octet-stream")
             response.call_on_close(stack.pop_all().close)
             return response
+
+    def pieces(self, request: protocol.PiecesRequest, replica: LocalReplica) -> Response:
+        """``GET /pieces``"""
+        digests = replica.pieces(request.extents, request.size, request.method)
+        return Response(bytes.fromhex("".join(digests)), mimetype="application/octet-stream")
 
     def write(self, request: protocol.WriteRequest, replica: LocalReplica) -> Any:
         """``POST /blocks``"""

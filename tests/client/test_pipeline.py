@@ -14,6 +14,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.blocks import BlockDigest, Extent
 from pdiffcopy.client import pipeline
 from pdiffcopy.client.delta import Batch
+from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import VERIFY_ATTEMPTS, check_hashes, find_blocks, generate_batches, transfer_batch
 from pdiffcopy.client.plan import Plan, Result, Verification
 from pdiffcopy.client.progress import Reporter
@@ -116,7 +117,7 @@ def find(plan: Plan, sides: Sides) -> list[Batch]:
 
 
 def transfer(plan: Plan, batch: Batch, sides: Sides) -> Result:
-    return transfer_batch(plan, batch, sides, 2, Reporter())
+    return transfer_batch(plan, batch, sides, 2, Reporter(), Judge())
 
 
 def read(address: Address) -> bytes:

@@ -31,8 +31,8 @@ from pdiffcopy.exceptions import (
     RemoteError,
     TransientError,
 )
+from pdiffcopy.features import FEATURE_ANSWER, FEATURES
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.protocol import FEATURE_ANSWER, FEATURES
 from pdiffcopy.replica import LocalReplica, Reading
 from tests.support import find_free_port
 

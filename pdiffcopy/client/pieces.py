@@ -1,0 +1,137 @@
+"""
+Which pieces of the changed blocks have to move?
+
+Changes of real files are often pages, not blocks of 1 MiB. So a worker compares the blocks of its batch once more, in
+pieces of 16 KiB, on both sides at the same time, and moves only those that differ. The digests of these pieces verify
+what was moved, as those of whole blocks do otherwise.
+
+To look closely is worth it where little of a block differs, and where moving takes longer than hashing. A worker judges
+that by what it has measured: it looks at a few blocks first, and where that doesn't pay it looks again less and less
+often.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pdiffcopy.blocks import Extent, total_size
+from pdiffcopy.client.delta import Batch
+from pdiffcopy.client.plan import Plan
+from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.protocol import MAX_PIECES
+from pdiffcopy.replica import Replica
+from pdiffcopy.words import MAX_PACKED
+
+PIECE_SIZE = 16 * 1024
+"""How many bytes a piece has (more where a request couldn't carry the digests of all of them)."""
+SAMPLE = 4
+"""How many blocks are looked at first."""
+MOST_SKIPPED = 8
+"""How many batches move as they are, at most, before it is tried again."""
+SMALLEST_MOVE = 1024 * 1024
+"""How many bytes have to move in one go to tell how long a byte takes."""
+
+
+class Judge:
+    """Decides whether to look closely, by what one worker has measured."""
+
+    def __init__(self) -> None:
+        """Initialize a judge that has seen nothing: it assumes that moving takes 2 ns a byte, looking 0.5."""
+        self.moving, self.looking = 2e-9, 0.5e-9
+        self.share: float | None = None
+        """The part of what was looked at that differed (:data:`None`: nothing was yet)."""
+        self.skipped = self.skip = 0
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether to look at everything is likely to save time."""
+        return self.share is not None and self.looking < (1 - self.share) * self.moving
+
+    def choose(self, count: int) -> int:
+        """Decide at how many blocks of a batch to look."""
+        if self.is_worth_it:
+            return count
+        if self.skipped < self.skip:
+            self.skipped += 1
+            return 0
+        self.skipped = 0
+        return min(count, SAMPLE)
+
+    def note_look(self, size: int, differing: int, seconds: float) -> None:
+        """Take note of what a look at so many bytes has found."""
+        self.share = differing / size
+        self.looking = (self.looking + seconds / size) / 2
+        self.skip = 0 if self.is_worth_it else min(max(1, 2 * self.skip), MOST_SKIPPED)
+
+    def note_move(self, size: int, seconds: float) -> None:
+        """Take note of how long it took to move so many bytes."""
+        if size >= SMALLEST_MOVE:
+            self.moving = (self.moving + seconds / size) / 2
+
+
+def look_closely(plan: Plan, batch: Batch, source: Replica, target: Replica, judge: Judge) -> list[Batch]:
+    """
+    Find out which pieces of a batch differ.
+
+    :returns: What is to be moved in place of the batch (possibly itself).
+    """
+    unit = _choose_unit(plan, batch)
+    blocks = list(_cut(batch.extents, plan.block_size))
+    count = judge.choose(len(blocks)) if unit else 0
+    if not count:
+        return [batch]
+    if count < len(blocks):
+        _look(plan, blocks[:: len(blocks) // count][:count], unit, source, target, judge)
+        if not judge.is_worth_it:
+            return [batch]
+    pieces = _look(plan, batch.extents, unit, source, target, judge)
+    # If none differs any more, somebody is writing to one side: the batch moves as it was found.
+    return list(_make_batches(pieces, unit)) or [batch]
+
+
+def _choose_unit(plan: Plan, batch: Batch) -> int:
+    unit = plan.piece_size
+    while unit and batch.size > unit * MAX_PIECES:
+        unit *= 2
+    return unit if unit and plan.block_size % unit == 0 else 0
+
+
+def _cut(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
+    for start, length in extents:
+        for offset in range(start, start + length, size):
+            yield Extent(offset, min(size, start + length - offset))
+
+
+def _look(
+    plan: Plan, extents: Sequence[Extent], unit: int, source: Replica, target: Replica, judge: Judge
+) -> list[tuple[Extent, str]]:
+    """Compare some extents piece by piece: those that differ, and their digests in the source."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(target.pieces, extents, unit, plan.method)
+        ours = source.pieces(extents, unit, plan.method)
+        theirs = future.result()
+    pieces = zip(_cut(extents, unit), ours, theirs, strict=True)
+    differing = [(piece, left) for piece, left, right in pieces if left != right]
+    size = total_size([piece for piece, _ in differing])
+    judge.note_look(total_size(extents), size, time.monotonic() - started)
+    return differing
+
+
+def _make_batches(pieces: Sequence[tuple[Extent, str]], unit: int) -> Iterator[Batch]:
+    """Join neighbors, and put as many extents together as a request can carry."""
+    extents: list[Extent] = []
+    digests: list[str] = []
+    for (offset, size), digest in pieces:
+        if extents and sum(extents[-1]) == offset:
+            extents[-1] = Extent(extents[-1].offset, extents[-1].size + size)
+        else:
+            if len(extents) == MAX_PACKED:
+                yield Batch(tuple(extents), digest=digest_blockwise(digests), unit=unit)
+                extents, digests = [], []
+            extents.append(Extent(offset, size))
+        digests.append(digest)
+    if extents:
+        yield Batch(tuple(extents), digest=digest_blockwise(digests), unit=unit)

@@ -1,0 +1,63 @@
+"""
+What can a peer do that version 1.0.1 can't?
+
+What was added since that version is optional (docs/design.rst). Some of it a server of that version ignores:
+
+``file_id=``
+    Which file the name has to lead to (see :class:`.FileInfo`). Otherwise the answer is 412, and nothing was touched.
+``flush=1``
+    Dirty pages are written back before ``/hashes`` and ``GET /blocks`` read them (see :func:`.kernel.write_back`).
+``nonce=``
+    A word that no other request has, so that no cache has an answer to it.
+
+The rest a client uses only when the server lists it as a *feature* in its answer to ``/info``:
+
+:data:`FEATURE_ANSWER`
+    Each answer to a request with the header :data:`.REQUEST_HEADER` says in :data:`.ANSWER_HEADER` to which request it
+    belongs (:func:`.sign_answer`), and documents state their digest in :data:`.DIGEST_HEADER`.
+:data:`FEATURE_BLOCKWISE`
+    ``POST /blocks`` with ``block_size=`` (and ``method=``) states a blockwise digest: that of its blocks' digests
+    (:mod:`.digests`).
+:data:`FEATURE_CLAIM`
+    ``POST /claim?filename=&run=`` makes a run, named by a random word, the only one that may write to a file until
+    the next claim or ``POST /release?filename=&run=``. Both answer with what ``/info`` says of the file, and with
+    :data:`.CLAIMED`. With ``create=1`` the claim creates a missing file (and missing parent folders), for those whom
+    ``mode=`` allows it (permission bits, a decimal number). ``GET /info``,
+    ``POST /blocks``, ``POST /resize`` and ``POST /sync`` with a ``run=`` that has lost its claim answer 423. Without it
+    they work as ever.
+:data:`FEATURE_DIGEST`
+    ``GET /blocks`` with ``digest=1`` states the digest of the bytes in the header :data:`.DIGEST_HEADER` (and with
+    ``data=0`` nothing else). On
+    ``POST /blocks`` the client may state it; the server compares with what lies in the target after the write
+    and answers 409 if that differs. The digest is XXH128 (https://github.com/Cyan4973/xxHash), 32 hexadecimal digits.
+:data:`FEATURE_EXTENTS`
+    ``/blocks`` takes ``extents=OFFSET:SIZE,OFFSET:SIZE,...`` instead of offset and size: the body carries the bytes
+    of all of them, one after the other.
+:data:`FEATURE_PIECES`
+    ``GET /pieces?filename=&extents=&size=&method=`` answers with the digests of the pieces of some extents, as they
+    are, one after the other. And ``/blocks`` takes ``packed=``, which are extents in a short form (:class:`.Packed`).
+:data:`FEATURE_RESUME`
+    ``/hashes`` takes ``offset=`` (a multiple of the block size) and begins there, and its lines come in order. With
+    ``checks=1`` the digest of the lines follows after each few of them (:func:`.format_checked`), empty lines keep the
+    connection alive, and the last line is :data:`.DONE` or a problem.
+:data:`FEATURE_SYNC`
+    ``POST /sync?filename=`` flushes the file to its disk. While that takes time, empty lines keep the connection
+    alive; the last line is :data:`.DONE` or a problem.
+"""
+
+from __future__ import annotations
+
+FEATURE_ANSWER, FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "answer", "blockwise", "claim", "digest"
+FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_RESUME, FEATURE_SYNC = "extents", "pieces", "resume", "sync"
+FEATURES = frozenset(
+    [
+        FEATURE_ANSWER,
+        FEATURE_BLOCKWISE,
+        FEATURE_CLAIM,
+        FEATURE_DIGEST,
+        FEATURE_EXTENTS,
+        FEATURE_PIECES,
+        FEATURE_RESUME,
+        FEATURE_SYNC,
+    ]
+)
