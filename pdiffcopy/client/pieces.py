@@ -38,8 +38,8 @@ class Judge:
     """Decides whether to look closely, by what one worker has measured."""
 
     def __init__(self) -> None:
-        """Initialize a judge that has seen nothing: it assumes that moving takes 2 ns a byte, looking 0.5."""
-        self.moving, self.looking = 2e-9, 0.5e-9
+        """Initialize a judge that has seen nothing: it assumes that a worker moves 100 MB/s and looks at 2 GB/s."""
+        self.moving, self.looking = 10e-9, 0.5e-9
         self.share: float | None = None
         """The part of what was looked at that differed (:data:`None`: nothing was yet)."""
         self.skipped = self.skip = 0
