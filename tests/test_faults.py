@@ -624,7 +624,7 @@ def test_source_that_pauses_for_longer_than_the_target_waits(server, impatient, 
     """The target's server gives up on the client, which isn't to blame, and tries again."""
     data = write_pattern(tmp_path / "source", 3 * MEBIBYTE)
     write_pattern(tmp_path / "target", 3 * MEBIBYTE, seed=2)
-    with RelayProcess(server.port, f"response GET+/blocks middle delay={2.5 * STALL}") as relay:
+    with RelayProcess(server.port, f"response GET+/blocks middle delay={4 * STALL}") as relay:
         source = f"127.0.0.1:{relay.port}{tmp_path / 'source'}"
         result = run_client(*options, source, impatient.location(tmp_path / "target"))
     assert result.returncode == 0, result.stderr
