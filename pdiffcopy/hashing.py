@@ -16,7 +16,7 @@ import hashlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -141,6 +141,19 @@ class Hashers:
                 self.budget.give(stripes.pending.popleft()[1])
         finally:
             stripes.cancel()
+
+    def digest(self, file: LocalFile, extents: Sequence[Extent], size: int, method: str) -> list[str]:
+        """Digest the pieces of some extents of an open file, see :meth:`.Replica.pieces`, in one of the threads."""
+        return self.executor.submit(_digest_pieces, file, extents, size, get_hasher(method)).result()
+
+
+def _digest_pieces(file: LocalFile, extents: Sequence[Extent], size: int, new_hasher: Callable[..., Any]) -> list[str]:
+    file.prepare(extents)
+    return [
+        new_hasher(chunk[cut : cut + size]).hexdigest()
+        for chunk in file.chunks(extents)
+        for cut in range(0, len(chunk), size)
+    ]
 
 
 class _Stripes:

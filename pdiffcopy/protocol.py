@@ -46,7 +46,7 @@ bit of an offset was damaged on its way. A server that knows the header answers 
 ANSWER_HEADER = "Pdiffcopy-Answer"
 """Says to which request an answer belongs (:func:`.sign_answer`): one that was kept or repeated isn't believed."""
 
-MIN_PIECE, MAX_PIECE, MAX_PIECES = 4096, 256 * 1024, 16384
+MIN_PIECE, MAX_PIECE, MAX_PIECES = 4096, 256 * 1024, 4096
 """How large a piece may be in bytes, and how many of them one request may ask for."""
 
 R = TypeVar("R", bound="Request")

@@ -216,15 +216,11 @@ class LocalReplica(Replica):
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """See :meth:`Replica.pieces`."""
-        new_hasher = get_hasher(method)
+        get_hasher(method)
         with self._open() as file:
             self._check_range(file, extents)
-            file.prepare(extents)
-            return [
-                new_hasher(chunk[cut : cut + size]).hexdigest()
-                for chunk in file.chunks(extents)
-                for cut in range(0, len(chunk), size)
-            ]
+            with nullcontext(self.hashers) if self.hashers else Hashers(1) as hashers:
+                return hashers.digest(file, extents, size, method)
 
     def _check_range(self, file: LocalFile, extents: Sequence[Extent]) -> None:
         if max(map(sum, extents), default=0) > file.size():

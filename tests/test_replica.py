@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import xxhash
@@ -22,7 +23,7 @@ from pdiffcopy.exceptions import (
     TakenOverError,
 )
 from pdiffcopy.features import FEATURES
-from pdiffcopy.hashing import get_hasher
+from pdiffcopy.hashing import Hashers, get_hasher
 from pdiffcopy.replica import LocalReplica, Reading, Replica
 from tests.support import make_data, snapshot, write_pattern
 
@@ -153,6 +154,21 @@ def test_pieces_are_digested(replica, path, data, method, count):
     assert replica.pieces(extents, 4096, method) == [get_hasher(method)(piece).hexdigest() for piece in pieces]
     with pytest.raises(ProgramError):
         replica.pieces([Extent(0, len(whole) + 1)], 4096, method)
+
+
+def test_pieces_are_digested_by_the_threads_of_the_process(tmp_path):
+    """However many clients ask for some: those threads are as many as there are cores."""
+    write_pattern(tmp_path / "file", 10 * 4096)
+    with Hashers(1) as hashers:
+        replica = LocalReplica(str(tmp_path / "file"), hashers=hashers)
+        busy = threading.Event()
+        blocker = hashers.executor.submit(busy.wait, 20)
+        with ThreadPoolExecutor(1) as client:
+            answer = client.submit(replica.pieces, [Extent(0, 10 * 4096)], 4096, "md5")
+            assert not wait([answer], 0.2).done
+            busy.set()
+            assert len(answer.result(20)) == 10
+        assert blocker.result()
 
 
 def test_many_extents_are_read_and_written(replica, path, data):
