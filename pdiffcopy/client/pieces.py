@@ -12,6 +12,7 @@ often.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,16 +39,18 @@ class Judge:
     """Decides whether to look closely, by what one worker has measured."""
 
     def __init__(self) -> None:
-        """Initialize a judge that has seen nothing: it assumes that a worker moves 100 MB/s and looks at 2 GB/s."""
-        self.moving, self.looking = 10e-9, 0.5e-9
-        self.share: float | None = None
-        """The part of what was looked at that differed (:data:`None`: nothing was yet)."""
+        """Initialize a judge that has seen nothing."""
+        self.moving = self.looking = math.nan
+        """How long a byte takes, in seconds (not a number: that isn't known yet)."""
+        self.share = 1.0
+        """The part of what was looked at that differed."""
         self.skipped = self.skip = 0
 
     @property
     def is_worth_it(self) -> bool:
         """Whether to look at everything is likely to save time."""
-        return self.share is not None and self.looking < (1 - self.share) * self.moving
+        # To find out how long moving takes may take very long itself, so it's worth it as long as that isn't known.
+        return self.share < 0.5 and not self.looking > (1 - self.share) * self.moving
 
     def choose(self, count: int) -> int:
         """Decide at how many blocks of a batch to look."""
@@ -62,13 +65,17 @@ class Judge:
     def note_look(self, size: int, differing: int, seconds: float) -> None:
         """Take note of what a look at so many bytes has found."""
         self.share = differing / size
-        self.looking = (self.looking + seconds / size) / 2
+        self.looking = _average(self.looking, seconds / size)
         self.skip = 0 if self.is_worth_it else min(max(1, 2 * self.skip), MOST_SKIPPED)
 
     def note_move(self, size: int, seconds: float) -> None:
         """Take note of how long it took to move so many bytes."""
         if size >= SMALLEST_MOVE:
-            self.moving = (self.moving + seconds / size) / 2
+            self.moving = _average(self.moving, seconds / size)
+
+
+def _average(before: float, now: float) -> float:
+    return now if math.isnan(before) else (before + now) / 2
 
 
 def look_closely(plan: Plan, batch: Batch, source: Replica, target: Replica, judge: Judge) -> list[Batch]:
