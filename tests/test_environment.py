@@ -133,8 +133,8 @@ def test_second_interrupt_ends_it_at_once(tmp_path):
         port = listener.getsockname()[1]
         command = [*PROGRAM, "--json", f"127.0.0.1:{port}/a", f"127.0.0.1:{port}/b"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        connection, _ = listener.accept()
-        with connection:
+        connections = [listener.accept()[0] for _ in range(2)]
+        with connections[0], connections[1]:
             process.send_signal(signal.SIGINT)
             # The first one waits for two threads that wait for the server.
             with pytest.raises(subprocess.TimeoutExpired):
