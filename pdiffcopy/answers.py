@@ -52,11 +52,11 @@ class PeerInfo:
 
 def sign_answer(request: str, status: int, digest: str) -> str:
     """
-    Make the value of :data:`ANSWER_HEADER`, an XXH128 digest.
+    Make the value of :data:`.ANSWER_HEADER`, an XXH128 digest.
 
-    :param request: The value of :data:`REQUEST_HEADER`, which depends on the nonce.
+    :param request: The value of :data:`.REQUEST_HEADER`, which depends on the nonce.
     :param status: The HTTP status.
-    :param digest: The value of :data:`DIGEST_HEADER` (empty when there is none).
+    :param digest: The value of :data:`.DIGEST_HEADER` (empty when there is none).
     """
     return compute_digest(f"{request} {status} {digest}".encode("utf-8", "surrogateescape"))
 

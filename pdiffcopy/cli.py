@@ -218,8 +218,7 @@ def _make_client(**options: Any) -> Client:
     try:
         from pdiffcopy.client import Client, Network
     except ImportError as e:
-        text = "A client requirement is missing ({error}): install pdiffcopy[client] from its checkout (README.rst)"
-        raise DependencyError(text, error=e) from e
+        raise DependencyError.of("client", e) from e
     network: dict[str, Any] = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
     network["token"] = load_token(options.pop("token_file", ""))
     options.setdefault("hash_method", "auto")
@@ -262,8 +261,7 @@ def run_server(**options: Any) -> None:
             import pdiffcopy.server.daemon  # noqa: F401 (start_server needs it)
             from pdiffcopy.server import Settings, start_server
     except ImportError as e:
-        text = "A server requirement is missing ({error}): install pdiffcopy[server] from its checkout (README.rst)"
-        raise DependencyError(text, error=e) from e
+        raise DependencyError.of("server", e) from e
     names = ("root", "read_only", "devices", "allow_hosts")
     settings: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     settings["token"] = load_token(options.pop("token_file", ""))

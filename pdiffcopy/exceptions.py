@@ -65,6 +65,17 @@ class BenchmarkAbortedError(ProgramError):
 class DependencyError(ProgramError):
     """Raised when client or server installation requirements are missing."""
 
+    @classmethod
+    def of(cls, extra: str, error: ImportError) -> DependencyError:
+        """
+        Make an error.
+
+        :param extra: The half that isn't installed: ``client`` or ``server``.
+        :param error: What Python says about it.
+        """
+        text = "A {extra} requirement is missing ({error}): install pdiffcopy[{extra}] from its checkout (README.rst)"
+        return cls(text, extra=extra, error=error)
+
 
 class UsageError(ProgramError):
     """Raised for options, locations and combinations of them that make no sense."""

@@ -41,7 +41,7 @@ from pdiffcopy.words import (
 
 DIGEST_HEADER = "Pdiffcopy-Digest"
 REQUEST_HEADER = "Pdiffcopy-Request"
-"""The digest of the parameters of a request (:func:`digest_query`): nothing gets written to the wrong place because a
+"""The digest of the parameters of a request (:func:`.digest_query`): nothing gets written to the wrong place because a
 bit of an offset was damaged on its way. A server that knows the header answers 422 when it doesn't fit."""
 ANSWER_HEADER = "Pdiffcopy-Answer"
 """Says to which request an answer belongs (:func:`.sign_answer`): one that was kept or repeated isn't believed."""

@@ -211,7 +211,7 @@ class LocalReplica(Replica):
     def _hash(
         self, file: LocalFile, block_size: int, method: str, concurrency: int, start: int, stop: int
     ) -> Generator[list[BlockDigest], None, None]:
-        with file, nullcontext(self.hashers) if self.hashers else Hashers(concurrency) as hashers:
+        with file, self._get_hashers(concurrency) as hashers:
             yield from hashers.hash(file, start, stop, block_size, method, concurrency)
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
@@ -219,8 +219,12 @@ class LocalReplica(Replica):
         get_hasher(method)
         with self._open() as file:
             self._check_range(file, extents)
-            with nullcontext(self.hashers) if self.hashers else Hashers(1) as hashers:
+            with self._get_hashers(1) as hashers:
                 return hashers.digest(file, extents, size, method)
+
+    def _get_hashers(self, count: int) -> AbstractContextManager[Hashers]:
+        """Get the threads that this replica was given, which stay, or some of its own."""
+        return nullcontext(self.hashers) if self.hashers else Hashers(count)
 
     def _check_range(self, file: LocalFile, extents: Sequence[Extent]) -> None:
         if max(map(sum, extents), default=0) > file.size():

@@ -110,7 +110,7 @@ class Flag(Integer):
         super().__init__(0, 1)
 
     def read(self, name: str, text: str) -> bool:
-        """See :meth:`Text.write`."""
+        """See :meth:`Text.read`."""
         return bool(super().read(name, text))
 
     def write(self, value: bool) -> str:
@@ -220,7 +220,7 @@ DIGEST = Word(r"[0-9a-f]{32}", "{value} isn't a digest of 32 hexadecimal digits"
 
 def check_digest(digest: str) -> str:
     """
-    Refuse what can't be the value of :data:`DIGEST_HEADER`.
+    Refuse what can't be the value of :data:`.DIGEST_HEADER`.
 
     :raises: :exc:`.RequestError` for anything but 32 hexadecimal digits in small letters.
     """
@@ -286,7 +286,7 @@ def digest_query(query: str) -> str:
 
 
 def check_query(query: bytes, digest: str) -> None:
-    """Raise :exc:`.DamagedError` when a request isn't what its header :data:`REQUEST_HEADER` says (if it has one)."""
+    """Raise :exc:`.DamagedError` when a request isn't what its header :data:`.REQUEST_HEADER` says (if it has one)."""
     try:
         damaged = bool(digest) and digest_query(query.decode("ascii")) != digest
     except ValueError:

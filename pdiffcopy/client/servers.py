@@ -22,8 +22,7 @@ def _open_http(address: Address, network: Network) -> Server:
     try:
         from pdiffcopy.client.http import HttpServer
     except ImportError as e:
-        text = "A client requirement is missing ({error}): install pdiffcopy[client] from its checkout (README.rst)"
-        raise DependencyError(text, error=e) from e
+        raise DependencyError.of("client", e) from e
     return HttpServer(address, network)
 
 
