@@ -8,6 +8,7 @@ end of a connection for the end of a head. What it learns is to send a file with
 
 from __future__ import annotations
 
+import socket
 from http.client import HTTPException, HTTPResponse
 from typing import Any, BinaryIO
 
@@ -15,9 +16,10 @@ from requests import Session
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util.ssl_ import create_urllib3_context
 
 from pdiffcopy import __version__
-from pdiffcopy.files.sockets import get_socket_options
+from pdiffcopy.files.sockets import allow_kernel_encryption, get_socket_options
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.security import check_authority
 
@@ -78,18 +80,25 @@ class _Response(HTTPResponse):
                 self.fp = head.file
 
 
-class _Connection(HTTPConnection):
+class _SendsFiles:
     response_class = _Response
+    sock: socket.socket
 
     def send(self, data: Any) -> None:
         if isinstance(data, Stored):
             data.send(self.sock)
         else:
-            super().send(data)
+            super().send(data)  # type: ignore[misc]
 
 
-class _SecureConnection(HTTPSConnection):
-    response_class = _Response
+class _Connection(_SendsFiles, HTTPConnection):
+    pass
+
+
+class _SecureConnection(_SendsFiles, HTTPSConnection):
+    def connect(self) -> None:
+        self.ssl_context = self.ssl_context or allow_kernel_encryption(create_urllib3_context())
+        super().connect()
 
 
 class _Pool(HTTPConnectionPool):

@@ -36,6 +36,7 @@ from pdiffcopy.exceptions import (
 )
 from pdiffcopy.features import FEATURE_ANSWER
 from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.sockets import decrypt
 from pdiffcopy.files.splice import Chunk, Piped, receive
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.protocol import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, Request
@@ -237,19 +238,23 @@ class HttpAnswer:
             text = "{url}: the server sent {length} bytes of data instead of {size}"
             raise ProtocolError(text, url=self.url, length=length[:40] or "an unknown number of", size=size)
         original = getattr(raw, "_original_response", None)
-        if isinstance(original, HTTPResponse) and original.fp and not self._response.url.startswith("https:"):
-            yield from self._splice(original, size)
+        if isinstance(original, HTTPResponse) and original.fp:
+            yield from self._receive(original, size)
             original.close()
             raw.release_conn()
             return
         while chunk := raw.read(CHUNK_SIZE):
             yield chunk
 
-    def _splice(self, original: HTTPResponse, size: int) -> Iterator[Chunk]:
-        """Take what was read together with the header, then receive the rest without touching it."""
-        ahead = original.fp.peek(1)[:size]
-        yield original.fp.read(len(ahead))
-        yield from receive(original.fp.fileno(), size - len(ahead), self._timeout)
+    def _receive(self, original: HTTPResponse, size: int) -> Iterator[Chunk]:
+        """Take what was read together with the header, then receive the rest without a detour."""
+        ahead = original.fp.read(len(original.fp.peek(1)[:size]))
+        sock = original.fp.raw._sock
+        if isinstance(sock, ssl.SSLSocket):
+            yield from decrypt(sock, ahead, size)
+        else:
+            yield ahead
+            yield from receive(sock.fileno(), size - len(ahead), self._timeout)
 
 
 class _Body:
@@ -264,7 +269,7 @@ class _Body:
     def __iter__(self) -> Iterator[bytes | memoryview | Stored]:
         chunks: Iterable[Chunk] = self.reading.chunks
         if isinstance(chunks, Stored):
-            # The connection knows how to send that as a whole (and http.client takes an iterable where it's encrypted).
+            # The connection knows how to send that as a whole.
             return iter([chunks])
         return (bytes(chunk) if isinstance(chunk, Piped) else chunk for chunk in chunks)
 

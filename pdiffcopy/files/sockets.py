@@ -1,14 +1,22 @@
-"""How is a socket told to send fast, and waited for?"""
+"""How is a socket told to send fast, waited for, and read where its bytes are encrypted?"""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import socket
-from contextlib import suppress
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from pdiffcopy.security import is_loopback
+
+DECRYPTED_SIZE = 1024 * 1024
+"""How many bytes that arrive encrypted are passed on at a time: as many as a pipe brings of others (see splice.py)."""
+_SOL_TLS, _TLS_TX, _CRYPTO_INFO_SIZE = 282, 1, 4
+"""How to ask what the kernel encrypts with (linux/socket.h and linux/tls.h)."""
 
 
 def get_socket_options(host: str) -> list[tuple[int, int, bytes]]:
@@ -28,6 +36,65 @@ def get_socket_options(host: str) -> list[tuple[int, int, bytes]]:
             probe.setsockopt(*option)
             return [option]
     return []
+
+
+def allow_kernel_encryption(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Let the kernel encrypt, where both OpenSSL and the kernel can do that (Python 3.12, CONFIG_TLS)."""
+    context.options |= getattr(ssl, "OP_ENABLE_KTLS", 0)
+    return context
+
+
+def takes_plaintext(sock: socket.socket) -> bool:
+    """Whether what is written to the descriptor of a socket arrives there as such: the kernel encrypts it, or nobody."""
+    if not isinstance(sock, ssl.SSLSocket):
+        return True
+    try:
+        return bool(sock.getsockopt(_SOL_TLS, _TLS_TX, _CRYPTO_INFO_SIZE))
+    except OSError:  # the usual answer of a connection that knows nothing of it
+        return False
+
+
+@contextmanager
+def full_packets(sock: socket.socket) -> Iterator[None]:
+    """
+    Let a socket send no packet that isn't full until the end of the block (TCP_CORK, tcp(7)).
+
+    Each record is written by a call of its own, and took a packet of its own on connections that don't wait for more.
+    """
+
+    def cork(wanted: bool) -> None:
+        with suppress(OSError):  # it isn't a TCP socket, or was closed meanwhile
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, wanted)
+
+    cork(True)
+    try:
+        yield
+    finally:
+        cork(False)
+
+
+def decrypt(sock: ssl.SSLSocket, ahead: bytes, size: int) -> Iterator[memoryview]:
+    """
+    Receive bytes through an encrypted connection. What :func:`.splice.receive` does can't be done with those.
+
+    :param ahead: What somebody else has received of them.
+    :param size: How many bytes there are, with those.
+    :returns: A generator of chunks, each of which is valid until the next one is asked for.
+    :raises: :exc:`OSError` when the connection ends early or nothing arrives for longer than its timeout.
+    """
+    with memoryview(mmap.mmap(-1, DECRYPTED_SIZE)) as buffer:  # it begins at a page, see buffers.py
+        while size:
+            # No chunk but the last one is smaller: those that aren't pages of the file take much longer to write.
+            enough = min(size, DECRYPTED_SIZE)
+            held = min(len(ahead), enough)
+            buffer[:held], ahead = ahead[:held], ahead[held:]
+            while held < enough:  # a call brings what one record holds, 16 KiB at most
+                count = sock.read(enough - held, buffer[held:enough])
+                if not count:
+                    raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
+                held += count
+            yield buffer[:held]
+            size -= held
 
 
 def wait_for_room(sock: socket.socket) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.sockets import full_packets, takes_plaintext
 from pdiffcopy.files.splice import Chunk
 
 
@@ -31,11 +32,16 @@ class Stored:
             self.count(len(chunk))
 
     def send(self, sock: socket.socket) -> None:
-        """Send all of them through a socket that isn't encrypted, see :meth:`LocalFile.send`."""
-        self.file.prepare(self.extents)
-        for extent in self.extents:
-            for size in self.file.send(sock, extent):
-                self.count(size)
+        """Send all of them through a socket, encrypted or not, see :meth:`LocalFile.send`."""
+        with full_packets(sock):
+            if not takes_plaintext(sock):
+                for chunk in self:
+                    sock.sendall(chunk)
+                return
+            self.file.prepare(self.extents)
+            for extent in self.extents:
+                for size in self.file.send(sock, extent):
+                    self.count(size)
 
 
 def counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterable[Chunk]:

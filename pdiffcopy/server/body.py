@@ -4,7 +4,7 @@ How do bytes travel between a file and the client without being copied again and
 WSGI moves byte strings. On the way in gunicorn collects, cuts and joins them: that's four copies of each byte and half
 of the time of an upload. On the way out each byte is read into a new string and sent from there. When the server is
 gunicorn, and its objects look as expected, the bytes are spliced from the socket (see :mod:`.splice`), and sent by
-``sendfile(2)``; otherwise WSGI's own way is taken.
+``sendfile(2)``, or pass through one buffer where they are encrypted; otherwise WSGI's own way is taken.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from pdiffcopy.exceptions import AbsentError
 from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.sockets import decrypt
 from pdiffcopy.files.splice import Chunk, receive
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.server.accesslog import SENT
@@ -81,12 +83,12 @@ def watch_client(environ: dict[str, Any]) -> Callable[[], bool]:
 
 
 def _get_socket(environ: dict[str, Any]) -> socket.socket | None:
-    """The socket of a client, if bytes can go through it as they are: not with TLS, HTTP/2 or cooperative threads."""
+    """The socket of a client, if bytes can go through it as they are: not with HTTP/2 or cooperative threads."""
     sock = environ.get("gunicorn.socket")
-    if not isinstance(sock, socket.socket) or isinstance(sock, ssl.SSLSocket):
+    if not isinstance(sock, socket.socket) or environ.get("SERVER_PROTOCOL") not in ("HTTP/1.0", "HTTP/1.1"):
         return None
-    is_known = environ.get("SERVER_PROTOCOL") in ("HTTP/1.0", "HTTP/1.1")
-    return sock if is_known and os.get_blocking(sock.fileno()) else None
+    # One that is encrypted waits in the ssl module, whatever its descriptor does.
+    return sock if isinstance(sock, ssl.SSLSocket) or os.get_blocking(sock.fileno()) else None
 
 
 def _read(environ: dict[str, Any], length: int) -> Iterator[bytes]:
@@ -99,6 +101,7 @@ def _read(environ: dict[str, Any], length: int) -> Iterator[bytes]:
 
 
 def _is_direct(environ: dict[str, Any], length: int) -> bool:
+    """Whether gunicorn's reader has nothing but what arrived together with the head, and can be told of the rest."""
     reader = getattr(environ["wsgi.input"], "reader", None)
     unreader = getattr(reader, "unreader", None)
     return (
@@ -114,9 +117,11 @@ def _receive(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
     reader, sock = environ["wsgi.input"].reader, environ["gunicorn.socket"]
     # What arrived together with the header.
     ahead = reader.unreader.read(min(length, len(reader.unreader.buf.getvalue())))
-    reader.length -= len(ahead)
-    yield ahead
-    for chunk in receive(sock.fileno(), reader.length, _get_timeout(sock)):
+    if isinstance(sock, ssl.SSLSocket):
+        chunks: Iterator[Chunk] = decrypt(sock, ahead, length)
+    else:
+        chunks = chain([ahead], receive(sock.fileno(), length - len(ahead), _get_timeout(sock)))
+    for chunk in chunks:
         # Gunicorn looks at this to find out whether the next request follows.
         reader.length -= len(chunk)
         yield chunk

@@ -24,7 +24,7 @@ from gunicorn.workers.workertmp import WorkerTmp
 
 from pdiffcopy.address import join_host_port
 from pdiffcopy.exceptions import AbsentError, UsageError
-from pdiffcopy.files.sockets import get_socket_options
+from pdiffcopy.files.sockets import allow_kernel_encryption, get_socket_options
 from pdiffcopy.server import visitors
 from pdiffcopy.server.accesslog import SENT, log_access
 from pdiffcopy.server.admission import Gate
@@ -217,4 +217,4 @@ def _when_ready(server: Any) -> None:
 def _make_tls_context(config: Any, make_default: Any) -> ssl.SSLContext:
     context: ssl.SSLContext = make_default()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
+    return allow_kernel_encryption(context)
