@@ -32,6 +32,7 @@ from pdiffcopy.files.buffers import CHUNK_SIZE, borrow_buffer
 from pdiffcopy.files.claims import Claims
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
+from pdiffcopy.files.readahead import ReadAhead
 from pdiffcopy.files.sockets import wait_for_room
 from pdiffcopy.files.splice import Chunk, Piped, spread
 
@@ -155,7 +156,7 @@ class LocalFile:
                 for extent in extents:
                     kernel.write_back(self.fd, *extent)
 
-    def chunks(self, extents: Iterable[Extent]) -> Iterator[memoryview]:
+    def chunks(self, extents: Sequence[Extent]) -> Iterator[memoryview]:
         """
         Read extents.
 
@@ -163,27 +164,39 @@ class LocalFile:
         :raises: :exc:`.FileError` when the file ends before an extent does, :exc:`.AbsentError` when nobody waits any
                  more (see :attr:`is_awaited`).
         """
+        ahead, done = ReadAhead(self.fd, extents), 0
         with borrow_buffer() as buffer:
             for offset, size in extents:
                 for position in range(offset, offset + size, CHUNK_SIZE):
                     if self.is_awaited and not self.is_awaited():
                         raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
+                    ahead.advance(done)
                     view = buffer[: min(CHUNK_SIZE, offset + size - position)]
                     self._fill(view, position)
+                    done += len(view)
                     yield view
 
     def _fill(self, view: memoryview, offset: int) -> None:
         if self.read_into(view, offset) < len(view):
             raise self._too_short(offset + len(view))
 
-    def send(self, sock: socket.socket, extent: Extent) -> Iterator[int]:
+    def send(self, sock: socket.socket, extents: Sequence[Extent]) -> Iterator[int]:
         """
-        Send an extent, without a detour through this program where the file system can do that.
+        Send extents, without a detour through this program where the file system can do that.
 
-        :returns: A generator that sends a part of it at each step, and yields the size of that.
+        :returns: A generator that sends a part of them at each step, and yields the size of that.
         :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does, or when it
                  takes nothing for as long as its timeout allows.
         """
+        ahead, done = ReadAhead(self.fd, extents), 0
+        for extent in extents:
+            ahead.advance(done)
+            for size in self._send_extent(sock, extent):
+                yield size
+                done += size
+                ahead.advance(done)
+
+    def _send_extent(self, sock: socket.socket, extent: Extent) -> Iterator[int]:
         offset, size = extent
         while size:
             try:
@@ -207,7 +220,7 @@ class LocalFile:
         text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
         return FileError(text, filename=self.filename, offset=size)
 
-    def digest(self, extents: Iterable[Extent]) -> str:
+    def digest(self, extents: Sequence[Extent]) -> str:
         """Compute the XXH128 digest of the bytes of some extents."""
         hasher = new_hasher()
         self.prepare(extents)

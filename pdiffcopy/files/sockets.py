@@ -88,11 +88,15 @@ def decrypt(sock: ssl.SSLSocket, ahead: bytes, size: int) -> Iterator[memoryview
             enough = min(size, DECRYPTED_SIZE)
             held = min(len(ahead), enough)
             buffer[:held], ahead = ahead[:held], ahead[held:]
-            while held < enough:  # a call brings what one record holds, 16 KiB at most
-                count = sock.read(enough - held, buffer[held:enough])
-                if not count:
-                    raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
-                held += count
+            try:
+                while held < enough:  # a call brings what one record holds, 16 KiB at most
+                    count = sock.read(enough - held, buffer[held:enough])
+                    if not count:
+                        raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
+                    held += count
+            except OSError:
+                if not held:  # what has arrived is handed over before the error comes again
+                    raise
             yield buffer[:held]
             size -= held
 

@@ -39,9 +39,8 @@ class Stored:
                     sock.sendall(chunk)
                 return
             self.file.prepare(self.extents)
-            for extent in self.extents:
-                for size in self.file.send(sock, extent):
-                    self.count(size)
+            for size in self.file.send(sock, self.extents):
+                self.count(size)
 
 
 def counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterable[Chunk]:

@@ -30,7 +30,7 @@ from pdiffcopy.files.stored import Stored
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.server.body import read_body, send_chunks
 from pdiffcopy.words import Extents
-from tests.support import STALL, make_data, serve_https, write_pattern
+from tests.support import STALL, make_data, start_server, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -201,7 +201,42 @@ class Talk:
 def talk(server) -> Talk:
     sock = socket.create_connection(("127.0.0.1", server.port), TIMEOUT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Talk(sock)
+    return Talk(ssl._create_unverified_context().wrap_socket(sock) if server.scheme == "https" else sock)
+
+
+def start_secure_server(folder, authority, *options, **keywords):
+    files = "--certfile", str(authority / "server.pem"), "--keyfile", str(authority / "server.key")
+    return start_server(folder, *files, *options, scheme="https", **keywords)
+
+
+@pytest.fixture(scope="module")
+def secure_server(tmp_path_factory, authority):
+    """Like the fixture ``server``, with encrypted connections."""
+    server = start_secure_server(tmp_path_factory.mktemp("secure"), authority)
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def secure_impatient(tmp_path_factory, authority):
+    """Like the fixture ``impatient``, with encrypted connections."""
+    setup = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
+    server = start_secure_server(tmp_path_factory.mktemp("secure"), authority, "-c", "1", setup=setup)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["server", "secure_server"])
+def any_server(request):
+    """A server, once for each way in which bodies travel."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["impatient", "secure_impatient"])
+def any_impatient(request):
+    """An impatient one."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -223,19 +258,19 @@ def make_write(path, data: bytes, offset: int = 0) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000, 3_000_000])
-def test_body_in_one_segment_with_its_head(server, path, size):
+def test_body_in_one_segment_with_its_head(any_server, path, size):
     """However much of the body has come with the head."""
     data = make_data(size)
-    with talk(server) as connection:
+    with talk(any_server) as connection:
         connection.sock.sendall(make_write(path, data))
         assert connection.receive() == (200, {"verified": True})
     assert_written(path, data)
 
 
-def test_body_in_tiny_segments(server, path):
+def test_body_in_tiny_segments(any_server, path):
     """A byte at a time is slow but right."""
     data = make_data(300)
-    with talk(server) as connection:
+    with talk(any_server) as connection:
         for byte in make_write(path, data):
             connection.sock.sendall(bytes([byte]))
         assert connection.receive() == (200, {"verified": True})
@@ -243,12 +278,12 @@ def test_body_in_tiny_segments(server, path):
 
 
 @pytest.mark.parametrize("size", [1, 3000, 20_000, 2_000_000])
-def test_requests_in_a_row_without_waiting(server, path, size):
+def test_requests_in_a_row_without_waiting(any_server, path, size):
     """The next request behind a body, on the same connection and sent at once, gets its own answer."""
     blocks = [make_data(size, seed) for seed in range(4)]
     payload = b"".join(make_write(path, block, i * size) for i, block in enumerate(blocks))
     payload += make_request(b"", f"/resize?filename={quote(str(path))}&size={4 * size + 1}")
-    with talk(server) as connection:
+    with talk(any_server) as connection:
         sender = Thread(target=connection.sock.sendall, args=(payload,), daemon=True)
         sender.start()
         assert [connection.receive() for _ in blocks] == [(200, {"verified": True})] * 4
@@ -257,10 +292,10 @@ def test_requests_in_a_row_without_waiting(server, path, size):
     assert path.read_bytes() == b"".join(blocks) + b"\0"
 
 
-def test_refused_body_is_no_request(server, tmp_path):
+def test_refused_body_is_no_request(any_server, tmp_path):
     """What was meant as a body isn't taken for the next request, when its own request was refused."""
     evil = make_request(b"", f"/resize?filename={quote(str(tmp_path / 'evil'))}&size=1")
-    with talk(server) as connection:
+    with talk(any_server) as connection:
         connection.sock.sendall(make_write(tmp_path / "missing", evil) + make_request(b"", "/nothing"))
         assert connection.receive()[0] == 404
         assert "URL" in connection.receive()[1]["detail"]
@@ -268,25 +303,29 @@ def test_refused_body_is_no_request(server, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [0, 10, 500_000])
-def test_connection_that_is_closed_early(server, path, sent):
+def test_connection_that_is_closed_early(any_server, path, sent):
     """What has arrived may lie in the file and nothing else does; the client, if it still listens, gets an error."""
     data = make_data(1_000_000)
     payload = make_write(path, data)
-    with talk(server) as connection:
+    with talk(any_server) as connection:
         connection.sock.sendall(payload[: len(payload) - len(data) + sent])
-        connection.sock.shutdown(socket.SHUT_WR)
-        status, problem = connection.receive()
-    assert (status, problem["title"]) == (408, "Request Timeout")
-    assert "ended early" in problem["detail"]
+        socket.socket.shutdown(connection.sock, socket.SHUT_WR)
+        if any_server.scheme == "https":  # a cut connection can't be answered
+            with pytest.raises(ssl.SSLError):
+                connection.receive()
+        else:
+            status, problem = connection.receive()
+            assert (status, problem["title"]) == (408, "Request Timeout")
+            assert "ended early" in problem["detail"]
     assert_written(path, data[:sent])
 
 
-def test_stalled_client_is_given_up(impatient, tmp_path):
+def test_stalled_client_is_given_up(any_impatient, tmp_path):
     """It gets an error, the connection ends, and no thread waits for ever."""
     data = make_data(1_000_000)
     started = time.monotonic()
     with ExitStack() as stack:
-        connections = {sent: stack.enter_context(talk(impatient)) for sent in (0, 10, 500_000)}
+        connections = {sent: stack.enter_context(talk(any_impatient)) for sent in (0, 10, 500_000)}
         for sent, connection in connections.items():
             (tmp_path / str(sent)).write_bytes(bytes(len(data)))
             payload = make_write(tmp_path / str(sent), data)
@@ -298,17 +337,17 @@ def test_stalled_client_is_given_up(impatient, tmp_path):
         assert time.monotonic() - started >= STALL
         for connection in connections.values():
             assert connection.reader.read() == b""
-    assert "Traceback" not in impatient.log.read_text()
+    assert "Traceback" not in any_impatient.log.read_text()
 
 
-def test_stalled_client_smuggles_nothing(impatient, path):
+def test_stalled_client_smuggles_nothing(any_impatient, path):
     """Where the next request begins is known, although what arrived before the silence was never written."""
     data, sent = make_data(5000), 1000
     evil = make_request(b"", f"/resize?filename={quote(str(path.with_name('evil')))}&size=1")
     # As long as what arrived after the head: that's what could be skipped by mistake.
     head = len(make_write(path, bytes(500))) - 500
     follower = make_write(path, b"x" * (sent - 10 - head) + evil)
-    with talk(impatient) as connection:
+    with talk(any_impatient) as connection:
         payload = make_write(path, data)
         connection.sock.sendall(payload[: len(payload) - len(data) + 10])
         # What comes together with the head takes another way.
@@ -322,12 +361,12 @@ def test_stalled_client_smuggles_nothing(impatient, path):
     assert not path.with_name("evil").exists()
 
 
-def test_slow_client_is_not_given_up(impatient, path):
+def test_slow_client_is_not_given_up(any_impatient, path):
     """Each wait is bounded, and not the whole request, as long as it makes progress."""
     data = make_data(8000)
     payload = make_write(path, data)
     started = time.monotonic()
-    with talk(impatient) as connection:
+    with talk(any_impatient) as connection:
         connection.sock.sendall(payload[:-8000])
         for start in range(0, 8000, 1000):
             # It's the slowness that is tested.
@@ -335,20 +374,6 @@ def test_slow_client_is_not_given_up(impatient, path):
             connection.sock.sendall(data[start : start + 1000])
         assert connection.receive() == (200, {"verified": True})
     assert time.monotonic() - started > STALL
-
-
-def test_bodies_over_https(launch, authority, path):
-    """What is encrypted can't be spliced: it's read the usual way, several requests in a row as well."""
-    server = serve_https(launch, authority)
-    data = make_data(700_000)
-    context = ssl.create_default_context(cafile=authority / "ca.pem")
-    with talk(server) as plain, context.wrap_socket(plain.sock, server_hostname="127.0.0.1") as sock:
-        connection = Talk(sock)
-        for offset in (0, len(data)):
-            sock.sendall(make_write(path, data, offset))
-            assert connection.receive() == (200, {"verified": True})
-    assert_written(path, 2 * data)
-    assert "Traceback" not in server.log.read_text()
 
 
 # The way out {{{1
@@ -367,13 +392,13 @@ def take(reader, size: int) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize("extents", [[(5, 1)], [(0, 700_000)], [(1, 2), (4, 1), (300_000, 400_000)]], ids=str)
-def test_extents_are_sent(server, tmp_path, extents):
+def test_extents_are_sent(any_server, tmp_path, extents):
     """All of them, one after the other, and the connection is good for the next request."""
     data = make_data(700_000)
     extents = [Extent(*extent) for extent in extents]
     (tmp_path / "file").write_bytes(data)
     expected = b"".join(data[offset : offset + size] for offset, size in extents)
-    with talk(server) as connection:
+    with talk(any_server) as connection:
         for _ in range(2):
             connection.sock.sendall(make_read(tmp_path / "file", extents))
             assert take(connection.reader, len(expected)) == (200, expected)
