@@ -46,7 +46,8 @@ class ReadAhead:
             step = next(self._steps, None)
             if not step:
                 return
-            if not _is_cached(self.fd, step.offset):
+            # What only begins in the cache was read ahead by the kernel itself.
+            if not _is_cached(self.fd, sum(step) - 1):
                 self._read(step)
             self._ahead += step.size
 
