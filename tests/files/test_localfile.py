@@ -135,7 +135,7 @@ def test_short_writes_and_reads_go_on(tmp_path, monkeypatch):
     """The system may move less than it was asked to: the rest follows."""
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:7], offset))
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:5]], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset, flags=0: preadv(fd, [views[0][:5]], offset, flags))
     data = make_data(1000)
     with LocalFile(make_file(tmp_path / "file", 1003), write=True) as file:
         file.write([Extent(3, 1000)], [data], digest_of(data))
@@ -156,7 +156,7 @@ def test_reading_behind_the_end_is_an_error(tmp_path, extents):
 def test_reading_a_file_that_was_cut_and_regrown_is_an_error(tmp_path, monkeypatch):
     """A file that was shorter for a moment yields no stale bytes, though its size is right again."""
     write_pattern(tmp_path / "file", 10)
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: 0)
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset, flags=0: 0)
     with LocalFile(str(tmp_path / "file")) as file, pytest.raises(FileError, match="file up to offset 10"):
         list(file.chunks([Extent(0, 10)]))
 
