@@ -10,7 +10,7 @@ Supported options:
   --size=SIZE         the size of the large files (defaults to 1.8GiB)
   --runs=COUNT        how many rounds are measured (defaults to 5; what is slow gets fewer)
   --quick             64 MiB, one round: to see whether it works, the numbers mean nothing
-  --only=NAME,...     only these groups: delta, whole, small, scaling, wire, links, long, memory
+  --only=NAME,...     only these groups: delta, https, small, cold, scaling, wire, links, long, memory
   --directory=PATH    where to make the temporary folder
   --json=FILE         where to write all numbers
   --svg=FILE          where to draw the picture of the group 'delta'
@@ -41,8 +41,9 @@ from humanfriendly import InvalidSize, parse_size
 
 from benchmarks.bench import Bench, ContenderError
 from benchmarks.contenders import PDIFFCOPY, RSYNC
-from benchmarks.groups import GIBIBYTE, MEBIBYTE, Suite, UnavailableError
+from benchmarks.groups import GIBIBYTE, MEBIBYTE, Suite
 from benchmarks.growth import count_work, fit_lines
+from benchmarks.links import CONGESTION_CONTROL, UnavailableError
 from benchmarks.servers import ROOT, PdiffcopyServer, RsyncDaemon, Server
 from benchmarks.svg import draw_results
 from benchmarks.table import format_growth, format_results, format_verdicts
@@ -137,7 +138,7 @@ def run(options: Options) -> None:
         growth = {"lines": [vars(line) for line in lines], "work": [vars(item) for item in work]}
         document = {**make_document(options, verdicts, notes), "growth": growth}
         Path(options.json).write_text(dump(document, bench.results.as_list()))
-    if options.svg and (picture := draw_results(bench.results, options.size)):
+    if options.svg and (picture := draw_results(bench.results, options.size, CONGESTION_CONTROL.read_text().strip())):
         Path(options.svg).parent.mkdir(exist_ok=True)
         Path(options.svg).write_text(picture)
     if failures:
@@ -183,7 +184,7 @@ def describe_machine() -> dict[str, Any]:
         "sha_instructions": bool(re.search(r"\b(sha_ni|sha1)\b", cpu_info)),
         "linux": ".".join(platform.release().split(".")[:2]),
         # BBR paces what is sent, also over loopback: that costs rsync time there, and pdiffcopy does without.
-        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "congestion_control": CONGESTION_CONTROL.read_text().strip(),
         "python": platform.python_version(),
         "rsync": get_rsync_version(),
     }

@@ -21,13 +21,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Contender
 from benchmarks.files import SCATTERED, Pair
-from benchmarks.processes import MemorySampler
+from benchmarks.processes import Sampler, Usage
 from benchmarks.servers import END_TIMEOUT, ENVIRONMENT, ROOT, Server
 
 DOWNLOAD, UPLOAD = "download", "upload"
@@ -67,12 +67,8 @@ class Sample:
     """One answer: times in seconds, sizes in bytes."""
 
     wall: float
-    client_cpu: float
-    server_cpu: float
-    client_memory: int
-    server_memory: int
-    switches: int
-    """How often the client gave up a core, or had to."""
+    client: Usage
+    server: Usage
     changed: int
     """How many bytes of the target differed."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +85,8 @@ class Job:
     rounds: int = 1
     prefix: Sequence[str] = ()
     """What to start the command of the client with."""
+    is_cold: bool = False
+    """Whether the files are taken out of the page cache first."""
 
 
 class Results:
@@ -111,9 +109,12 @@ class Results:
         cases = []
         for case, samples in self.samples.items():
             entry = {**vars(case), "contender": case.contender.name}
-            numbers = ("wall", "client_cpu", "server_cpu", "client_memory", "server_memory", "switches")
-            entry["medians"] = {name: _round(statistics.median(getattr(s, name) for s in samples)) for name in numbers}
-            entry["samples"] = [{name: _round(value) for name, value in asdict(s).items()} for s in samples]
+            rows = [_flatten(sample) for sample in samples]
+            entry["medians"] = {name: _round(statistics.median(row[name] for row in rows)) for name in rows[0]}
+            entry["samples"] = [
+                {**{name: _round(value) for name, value in row.items()}, "changed": s.changed, "details": s.details}
+                for row, s in zip(rows, samples, strict=True)
+            ]
             cases.append(entry)
         return cases
 
@@ -146,18 +147,21 @@ class Bench:
         """Take one sample (it isn't added to the results)."""
         case, pair = job.case, job.pair
         changed = pair.prepare(case.layout, case.percent)
+        if job.is_cold:
+            pair.cool()
         source, target = str(pair.source), str(pair.target)
         if job.server and case.direction == DOWNLOAD:
             source = job.server.get_location(pair.source)
         elif job.server:
             target = job.server.get_location(pair.target)
         command = [*job.prefix, *case.contender.get_command(source, target)]
+        command += job.server.client_options if job.server else []
         given = case.contender.get_input(pair.choose(case.layout, case.percent))
         sample = self._run(command, given, job.server)
         sample.changed = changed
         if case.contender.hash is not None:
             sample.details["steps"] = json.loads(self.output.read_text())
-        if not pair.is_equal():
+        if not (pair.is_equal() or case.contender.leaves_target):
             raise ContenderError(f"{case.contender.name} left a target that differs from the source ({case.work})")
         _say(f"{case.group:8} {case.contender.name:27} {case.work:42} {sample.wall:8.3f} s")
         return sample
@@ -168,13 +172,14 @@ class Bench:
             server.settle()
             server.reset_peak_memory()
         cpu_before = server.get_cpu_seconds() if server else 0
+        sampler = Sampler({"client": [], "server": [server.pid] if server else []}, SAMPLING_INTERVAL)
         with self.output.open("wb") as output:
             started = time.perf_counter()
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT
             )
-            roots = {"client": [process.pid], "server": [server.pid] if server else []}
-            with _ending(process), MemorySampler(roots, SAMPLING_INTERVAL) as sampler:
+            sampler.roots["client"].append(process.pid)
+            with _ending(process), sampler:
                 assert process.stdin
                 process.stdin.write(given)
                 process.stdin.close()
@@ -186,15 +191,11 @@ class Bench:
         sampler.look("server")
         if server:
             server.settle()
+        server_cpu = (server.get_cpu_seconds() if server else 0) - cpu_before
+        # Not usage.ru_maxrss, which includes what we occupied when we started the process.
+        client = Usage(usage.ru_utime + usage.ru_stime, sampler.get_peak("client"), usage.ru_nvcsw, usage.ru_nivcsw)
         return Sample(
-            wall=wall,
-            client_cpu=usage.ru_utime + usage.ru_stime,
-            server_cpu=(server.get_cpu_seconds() if server else 0) - cpu_before,
-            # Not usage.ru_maxrss, which includes what we occupied when we started the process.
-            client_memory=sampler.get_peak("client"),
-            server_memory=sampler.get_peak("server"),
-            switches=usage.ru_nvcsw + usage.ru_nivcsw,
-            changed=0,
+            wall, client, Usage(server_cpu, sampler.get_peak("server"), *sampler.get_switches("server")), changed=0
         )
 
 
@@ -220,7 +221,14 @@ class _ending:
                 self.process.wait()
 
 
-def _round(value: Any) -> Any:
+def _flatten(sample: Sample) -> dict[str, float]:
+    """The numbers of a sample by a name for each."""
+    sides = {"client": sample.client, "server": sample.server}
+    numbers = {f"{side}_{name}": value for side, usage in sides.items() for name, value in usage._asdict().items()}
+    return {"wall": sample.wall, **numbers}
+
+
+def _round(value: float) -> float:
     """Cut off the digits that mean nothing (a tenth of a millisecond is noise)."""
     return round(value, 4) if isinstance(value, float) else value
 

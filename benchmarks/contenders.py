@@ -19,11 +19,11 @@ class Contender:
     """Whom it talks to: :data:`PDIFFCOPY`, :data:`RSYNC` or :data:`NOBODY` (it gets the names of local files)."""
     hash: str | None = None
     """The hash method of a limit, empty for one that doesn't hash. :data:`None` for all others."""
+    leaves_target: bool = False
+    """Whether it does something else than to make the target equal to the source."""
 
     def get_command(self, source: str, target: str) -> list[str]:
         """The command line that makes the target equal to the source."""
-        if self is IMPORT_REQUESTS:
-            return list(self.arguments)
         return [*self.arguments, source, target]
 
     def get_input(self, extents: list[tuple[int, int]]) -> bytes:
@@ -34,7 +34,7 @@ class Contender:
 
 
 def _pdiffcopy(name: str, *options: str) -> Contender:
-    return Contender(f"pdiffcopy {name}", (sys.executable, "-m", "pdiffcopy", *options), PDIFFCOPY)
+    return Contender(name, (sys.executable, "-m", "pdiffcopy", *options), PDIFFCOPY)
 
 
 def _rsync(name: str, *options: str) -> Contender:
@@ -42,16 +42,8 @@ def _rsync(name: str, *options: str) -> Contender:
     return Contender(f"rsync {name}", ("rsync", "--inplace", "--ignore-times", *options), RSYNC)
 
 
-def _limit(name: str, method: str) -> Contender:
-    return Contender(f"limit {name}", (sys.executable, "-m", "benchmarks.limits"), NOBODY, method)
-
-
-SHA1, XXH128, BLAKE3 = (_pdiffcopy(method, "-m", method) for method in ("sha1", "xxh128", "blake3"))
-WHOLE, WHOLE_UNVERIFIED = _pdiffcopy("-W", "-W"), _pdiffcopy("-W --no-verify", "-W", "--no-verify")
+DEFAULT, XXH128 = _pdiffcopy("pdiffcopy"), _pdiffcopy("pdiffcopy xxh128", "-m", "xxh128")
 RSYNC_DELTA, RSYNC_WHOLE = _rsync("delta", "--no-whole-file"), _rsync("-W", "--whole-file")
-LIMIT_SHA1, LIMIT_XXH128, LIMIT_BLAKE3 = (_limit(method, method) for method in ("sha1", "xxh128", "blake3"))
-LIMIT_COPY = _limit("copy", "")
-IMPORT_REQUESTS = Contender("import requests", (sys.executable, "-c", "import requests"))
-
-LIMITS = {SHA1: LIMIT_SHA1, XXH128: LIMIT_XXH128, BLAKE3: LIMIT_BLAKE3, WHOLE: LIMIT_COPY, WHOLE_UNVERIFIED: LIMIT_COPY}
-"""The limit of each contender that has one."""
+LIMIT = Contender("limit", (sys.executable, "-m", "benchmarks.limits"), NOBODY, "blake3")
+READERS = Contender("32 readers", (sys.executable, "-m", "benchmarks.readers", "32"), leaves_target=True)
+IMPORT_REQUESTS = Contender("import requests", (sys.executable, "-c", "import requests"), leaves_target=True)

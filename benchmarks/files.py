@@ -8,13 +8,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 from benchmarks.limits import make_buffer
 
 BLOCK_SIZE = 1024 * 1024
 CORES = len(os.sched_getaffinity(0))
-SCATTERED, PREFIX, MISSING = "scattered", "prefix", "missing"
+SCATTERED, PAGES, MISSING = "MiBs", "pages", "missing"
+PAGE_SIZE = 4096
 _JUNK_SIZE = 16 * BLOCK_SIZE
 
 
@@ -52,9 +54,11 @@ class Pair:
             return [(0, self.size)]
         count = -(-self.size // BLOCK_SIZE)
         chosen = round(count * percent / 100)
-        if layout == PREFIX:
-            return [(0, min(chosen * BLOCK_SIZE, self.size))] if chosen else []
-        blocks = sorted(random.Random(count).sample(range(count), chosen))
+        generator = random.Random(count)
+        blocks = sorted(generator.sample(range(count), chosen))
+        if layout == PAGES:
+            pages = [block * BLOCK_SIZE + generator.randrange(0, BLOCK_SIZE, PAGE_SIZE) for block in blocks]
+            return [(offset, PAGE_SIZE) for offset in pages if offset + PAGE_SIZE <= self.size]
         return [(block * BLOCK_SIZE, min(BLOCK_SIZE, self.size - block * BLOCK_SIZE)) for block in blocks]
 
     def prepare(self, layout: str, percent: float) -> int:
@@ -75,7 +79,7 @@ class Pair:
                     for position in range(offset, offset + size, BLOCK_SIZE):
                         file.seek(position)
                         length = min(BLOCK_SIZE, offset + size - position)
-                        file.write(bytes(length) if layout == PREFIX else self._get_junk(position, length))
+                        file.write(self._get_junk(position, length))
             _sync(self.target)
         self.warm()
         if layout == MISSING:
@@ -102,6 +106,18 @@ class Pair:
         with ThreadPoolExecutor(CORES) as executor:
             for path in files:
                 list(executor.map(lambda start, path=path: _read_through(path, start), range(CORES)))
+
+    def cool(self) -> None:
+        """Take both files out of the page cache."""
+        for path in (self.source, self.target):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def seen_from(self, folder: Path) -> Pair:
+        """The same files by their names in another folder."""
+        pair = copy(self)
+        pair.source, pair.target = folder / self.source.name, folder / self.target.name
+        return pair
 
     def remove(self) -> None:
         """Remove the files."""

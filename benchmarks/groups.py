@@ -8,49 +8,52 @@ program or a permission is missing) raises :exc:`UnavailableError`, which says w
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Bench, Case, Job
 from benchmarks.contenders import (
-    BLAKE3,
+    DEFAULT,
     IMPORT_REQUESTS,
-    LIMIT_BLAKE3,
-    LIMIT_COPY,
-    LIMIT_SHA1,
-    LIMIT_XXH128,
+    LIMIT,
     PDIFFCOPY,
+    READERS,
     RSYNC,
     RSYNC_DELTA,
     RSYNC_WHOLE,
-    SHA1,
-    WHOLE,
-    WHOLE_UNVERIFIED,
     XXH128,
     Contender,
 )
-from benchmarks.files import MISSING, PREFIX, SCATTERED, Pair, SparsePair
-from benchmarks.links import Link, LinkUnavailableError
-from benchmarks.servers import PdiffcopyServer, RelayServer, RsyncDaemon, Server, TracedServer
+from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair
+from benchmarks.links import Link, Machine, UnavailableError
+from benchmarks.servers import (
+    PdiffcopyServer,
+    RelayServer,
+    RsyncDaemon,
+    SecureServer,
+    Server,
+    SlowStorage,
+    TracedServer,
+)
 
 MEBIBYTE, GIBIBYTE = 1024**2, 1024**3
 PERCENTAGES = (0, 1, 10, 50, 100)
 SMALL_SIZE = 10 * MEBIBYTE
-LINKS = {"1 Gbit/s": 10**9, "100 Mbit/s": 10**8}
+LINKS = {"1 Gbit/s": 10**9, "50 Mbit/s": 5 * 10**7}
 """The bandwidths in bits per second."""
 DELAY = 0.025
 """How long a byte is on the long wire, in seconds."""
+READ_DELAY = 0.001
+"""How long storage elsewhere takes for a request, in seconds."""
 RELAY, LONG_RELAY = "relay", "relay, 50 ms"
+CUBIC, HTTPS, SLOW_STORAGE, COLD_DISK = "cubic", "https", "1 ms a read, cold", "disk, cold"
 MEMORY_PERCENT = 1
 MEMORY_RATIO = 16
 """How much larger the larger one of the two files is whose memory is compared."""
 
 BOTH = (DOWNLOAD, UPLOAD)
-
-
-class UnavailableError(Exception):
-    """Raised when a group can't do its work on this machine."""
+RIVALS = (RSYNC_DELTA, RSYNC_WHOLE)
 
 
 class Suite:
@@ -69,8 +72,9 @@ class Suite:
         self.memory_size = memory_size
         self.groups: dict[str, Callable[[], None]] = {
             "delta": self.delta,
-            "whole": self.whole,
+            "https": self.https,
             "small": self.small,
+            "cold": self.cold,
             "scaling": self.scaling,
             "wire": self.wire,
             "links": self.links,
@@ -87,46 +91,68 @@ class Suite:
         return self._pair
 
     def delta(self) -> None:
-        """Changes of 0 to 100 % in both layouts and directions, against rsync and the limits."""
-        jobs = []
-        few, some = min(2, self.bench.runs), min(3, self.bench.runs)
-        for percent in PERCENTAGES:
-            for contender in (RSYNC_DELTA, RSYNC_WHOLE, SHA1, XXH128, LIMIT_SHA1, LIMIT_XXH128):
-                # rsync takes long to find little in common, and varies little: two rounds of that have to do.
-                rounds = few if contender is RSYNC_DELTA and percent >= 50 else self.bench.runs
-                jobs += self._jobs("delta", contender, percent=percent, rounds=rounds)
-            for contender in (SHA1, XXH128):
-                jobs += self._jobs("delta", contender, percent=percent, direction=UPLOAD, rounds=some)
-            jobs += self._jobs("delta", BLAKE3, percent=percent, rounds=few)
-        jobs += self._jobs("delta", LIMIT_BLAKE3, percent=0, rounds=few)
-        for contender in (RSYNC_DELTA, RSYNC_WHOLE):
-            jobs += self._jobs("delta", contender, direction=UPLOAD, rounds=few)
-        for percent in PERCENTAGES[1:]:
-            for contender in (RSYNC_DELTA, RSYNC_WHOLE, SHA1, XXH128, LIMIT_SHA1):
-                jobs += self._jobs("delta", contender, layout=PREFIX, percent=percent, rounds=few)
-        for contender in (SHA1, XXH128):
-            jobs += self._jobs("delta", contender, layout=PREFIX, direction=UPLOAD, rounds=few)
-        self.bench.run(jobs)
+        """MiBs and pages that differ, and missing targets, with two kinds of congestion control and both directions."""
+        with self._cubic() as (machine, servers):
+            jobs = []
+            for link, servers_there, prefix in ((LOOPBACK, self.servers, ()), (CUBIC, servers, machine.prefix)):
+                for layout, percentages in ((SCATTERED, PERCENTAGES), (PAGES, PERCENTAGES[1:]), (MISSING, (100,))):
+                    for percent in percentages:
+                        for contender in (*RIVALS, DEFAULT):
+                            # rsync takes long to find little in common, and varies little: one round of that has to do.
+                            is_slow = contender is RSYNC_DELTA and (layout == MISSING or percent >= 50)
+                            jobs += self._jobs("delta", contender, layout=layout, percent=percent, link=link,
+                                               servers=servers_there, prefix=prefix, rounds=int(is_slow))  # fmt: skip
+            jobs += self._jobs("delta", XXH128, percent=0)
+            for layout, percent in ((SCATTERED, 0), (SCATTERED, 10), (SCATTERED, 100), (PAGES, 10), (MISSING, 100)):
+                jobs += self._jobs("delta", DEFAULT, layout=layout, percent=percent, direction=UPLOAD)
+            for percent in PERCENTAGES:
+                jobs += self._jobs("delta", LIMIT, percent=percent, rounds=min(2, self.bench.runs))
+            self.bench.run(jobs)
 
-    def whole(self) -> None:
-        """Copies of the whole file, to a target that is missing and to one that differs everywhere."""
-        jobs = []
-        for layout in (MISSING, SCATTERED):
-            for contender in (RSYNC_WHOLE, WHOLE, WHOLE_UNVERIFIED):
-                rounds = self.bench.runs if layout == MISSING else min(3, self.bench.runs)
-                for direction in BOTH if contender is not RSYNC_WHOLE else (DOWNLOAD,):
-                    jobs += self._jobs("whole", contender, layout=layout, percent=100, direction=direction,
-                                       rounds=rounds)  # fmt: skip
-        jobs += self._jobs("whole", LIMIT_COPY, layout=MISSING, percent=100)
-        self.bench.run(jobs)
+    @contextmanager
+    def _cubic(self) -> Iterator[tuple[Machine, dict[str, Server]]]:
+        with ExitStack() as stack:
+            machine = stack.enter_context(Machine("cubic"))
+            kinds = {PDIFFCOPY: PdiffcopyServer, RSYNC: RsyncDaemon}
+            yield (
+                machine,
+                {
+                    kind: stack.enter_context(kinds[kind](self.bench.folder, prefix=machine.prefix))
+                    for kind in self.servers
+                },
+            )
+
+    def https(self) -> None:
+        """The same work over encrypted connections and over others."""
+        with SecureServer(self.bench.folder) as server:
+            jobs = []
+            for layout in (SCATTERED, MISSING):
+                for direction in BOTH:
+                    for link, servers in ((LOOPBACK, self.servers), (HTTPS, {PDIFFCOPY: server})):
+                        jobs += self._jobs("https", DEFAULT, layout=layout, percent=100, direction=direction,
+                                           link=link, servers=servers)  # fmt: skip
+            self.bench.run(jobs)
 
     def small(self) -> None:
         """A small file without changes, against the start of a Python program that only imports requests."""
         pair = Pair(self.bench.folder, "small", SMALL_SIZE)
         jobs = []
-        for contender in (IMPORT_REQUESTS, SHA1, XXH128, BLAKE3, RSYNC_DELTA):
+        for contender in (IMPORT_REQUESTS, DEFAULT, RSYNC_DELTA):
             jobs += self._jobs("small", contender, pair=pair, percent=0, rounds=4 * self.bench.runs)
         self.bench.run(jobs)
+
+    def cold(self) -> None:
+        """Files of which nothing is in the page cache, on the disk and on storage that takes its time."""
+        jobs = []
+        for contender in (DEFAULT, RSYNC_DELTA):
+            jobs += self._jobs("cold", contender, percent=0, link=COLD_DISK)
+        self.bench.run(jobs)
+        with SlowStorage(self.bench.folder, READ_DELAY) as storage:
+            jobs = []
+            for contender in (DEFAULT, READERS):
+                jobs += self._jobs("cold", contender, pair=self.pair.seen_from(storage.mountpoint), percent=0,
+                                   link=SLOW_STORAGE)  # fmt: skip
+            self.bench.run(jobs)
 
     def scaling(self) -> None:
         """The time for an eighth, a quarter, a half and all of the size, and how much work a GiB more is."""
@@ -134,7 +160,7 @@ class Suite:
         for divisor in (8, 4, 2):
             pairs.append(Pair(self.bench.folder, f"part-{divisor}", self.bench.size // divisor))
         for pair in (*pairs, self.pair):
-            for contender in (SHA1, XXH128, RSYNC_DELTA):
+            for contender in (DEFAULT, RSYNC_DELTA):
                 jobs += self._jobs("scaling", contender, pair=pair, rounds=min(3, self.bench.runs))
         self.bench.run(jobs)
         if not shutil.which("strace"):
@@ -148,7 +174,7 @@ class Suite:
         """Count system calls and exchanges (that is slow: nothing of the time is to be believed)."""
         summaries = {side: self.bench.folder / f"strace-{side}.txt" for side in ("client", "server")}
         prefix = ["strace", "-f", "-c", "-o", str(summaries["client"])]
-        case = Case("counts", SHA1, pair.size, direction, percent=percent, link="relay, strace")
+        case = Case("counts", DEFAULT, pair.size, direction, percent=percent, link="relay, strace")
         with TracedServer(self.bench.folder, summaries["server"]) as server, RelayServer(server) as relay:
             sample = self.bench.measure(Job(case, pair, relay, prefix=prefix))
             sample.details["relay"] = relay.get_counts()
@@ -158,34 +184,31 @@ class Suite:
     def wire(self) -> None:
         """The bytes on the wire."""
         for direction in BOTH:
-            for percent in (0, 10):
-                for contender in (SHA1, XXH128):
-                    case = Case("wire", contender, self.pair.size, direction, percent=percent, link=RELAY)
-                    with RelayServer(self.servers[contender.server]) as relay:
-                        sample = self.bench.measure(Job(case, self.pair, relay))
-                        sample.details["relay"] = relay.get_counts()
-                    self.bench.results.add(case, sample)
+            for layout, percent in ((SCATTERED, 0), (SCATTERED, 10), (PAGES, 10)):
+                case = Case("wire", DEFAULT, self.pair.size, direction, layout, percent, RELAY)
+                with RelayServer(self.servers[PDIFFCOPY]) as relay:
+                    sample = self.bench.measure(Job(case, self.pair, relay))
+                    sample.details["relay"] = relay.get_counts()
+                self.bench.results.add(case, sample)
 
     def links(self) -> None:
         """Wires of a limited bandwidth."""
         for name, bandwidth in LINKS.items():
-            # At 100 Mbit/s a round takes minutes, and the wire leaves little room for anything else to matter.
-            rounds = min(3 if bandwidth >= 10**9 else 1, self.bench.runs)
             with self._linked(bandwidth) as (link, servers):
                 jobs = []
-                for contender in (SHA1, XXH128, RSYNC_DELTA):
-                    for direction in BOTH if contender is not RSYNC_DELTA else (DOWNLOAD,):
-                        jobs += self._jobs("links", contender, direction=direction, rounds=rounds, link=name,
-                                           servers=servers, prefix=link.client_prefix)  # fmt: skip
+                # A tenth of the file takes minutes on a slow wire, and leaves little room for anything else to matter.
+                for layout in (SCATTERED, PAGES) if bandwidth >= 10**9 else (PAGES,):
+                    for direction in BOTH:
+                        for contender in (DEFAULT, RSYNC_DELTA):
+                            jobs += self._jobs("links", contender, layout=layout, direction=direction, link=name,
+                                               servers=servers, prefix=link.client_prefix,
+                                               rounds=min(3, self.bench.runs))  # fmt: skip
                 self.bench.run(jobs)
 
     @contextmanager
     def _linked(self, bandwidth: int) -> Iterator[tuple[Link, dict[str, Server]]]:
         with ExitStack() as stack:
-            try:
-                link = stack.enter_context(Link(bandwidth))
-            except LinkUnavailableError as e:
-                raise UnavailableError(f"no network namespaces here ({e})") from e
+            link = stack.enter_context(Link(bandwidth))
             kinds = {PDIFFCOPY: PdiffcopyServer, RSYNC: RsyncDaemon}
             servers = {
                 kind: stack.enter_context(kinds[kind](self.bench.folder, link.server_address, link.server_prefix))
@@ -201,8 +224,8 @@ class Suite:
                 servers: dict[str, Server] = {
                     kind: stack.enter_context(RelayServer(server, delay)) for kind, server in self.servers.items()
                 }
-                for contender in (SHA1, XXH128, RSYNC_DELTA):
-                    for direction in BOTH if contender is not RSYNC_DELTA else (DOWNLOAD,):
+                for contender in (DEFAULT, RSYNC_DELTA):
+                    for direction in BOTH if contender is DEFAULT else (DOWNLOAD,):
                         jobs += self._jobs("long", contender, direction=direction, link=name, servers=servers,
                                            rounds=min(3, self.bench.runs))  # fmt: skip
             self.bench.run(jobs)
@@ -218,7 +241,7 @@ class Suite:
                 for pair in pairs:
                     # A server of its own each time: what an earlier client left in its memory doesn't count.
                     with PdiffcopyServer(self.bench.folder) as server:
-                        case = Case("memory", XXH128, pair.size, direction, percent=MEMORY_PERCENT)
+                        case = Case("memory", DEFAULT, pair.size, direction, percent=MEMORY_PERCENT)
                         self.bench.run([Job(case, pair, server)])
         for pair in pairs:
             pair.remove()
@@ -226,7 +249,7 @@ class Suite:
     def _jobs(
         self, group: str, contender: Contender, pair: Pair | None = None, direction: str = DOWNLOAD,
         layout: str = SCATTERED, percent: float = 10, rounds: int = 0, link: str = LOOPBACK,
-        servers: dict[str, Server] | None = None, prefix: list[str] | None = None,
+        servers: dict[str, Server] | None = None, prefix: Sequence[str] = (),
     ) -> list[Job]:  # fmt: skip
         """A job in a list, or an empty list when there's no server for the contender."""
         pair = pair or self.pair
@@ -234,7 +257,8 @@ class Suite:
         if contender.server and contender.server not in servers:
             return []
         case = Case(group, contender, pair.size, direction, layout, percent, link)
-        return [Job(case, pair, servers.get(contender.server), rounds or self.bench.runs, prefix or ())]
+        is_cold = link in (SLOW_STORAGE, COLD_DISK)
+        return [Job(case, pair, servers.get(contender.server), rounds or self.bench.runs, prefix, is_cold)]
 
 
 def parse_strace(path: Path) -> dict[str, int]:

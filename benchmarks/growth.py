@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.bench import DOWNLOAD, UPLOAD, Case, Results, Sample
-from benchmarks.contenders import RSYNC_DELTA, SHA1, XXH128
+from benchmarks.contenders import DEFAULT, RSYNC_DELTA
 
 GIBIBYTE = 1024**3
 
@@ -43,7 +43,7 @@ class Work:
 def fit_lines(results: Results, size: int) -> list[Line]:
     """Fit the time against the size of the file, and against the size of the delta."""
     lines: list[Line] = []
-    for contender in (SHA1, XXH128, RSYNC_DELTA):
+    for contender in (DEFAULT, RSYNC_DELTA):
         sizes = {case.size: case for case in results.samples if case.group == "scaling" and case.contender is contender}
         lines += _fit(results, f"{contender.name}, time against size (10 %)", sizes)
         deltas = {

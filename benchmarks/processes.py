@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -74,7 +77,20 @@ def wait_for(condition: Callable[[], bool], timeout: float, what: str) -> None:
         time.sleep(0.01)
 
 
-class MemorySampler:
+class Usage(NamedTuple):
+    """What one side has used up."""
+
+    cpu: float
+    """Seconds, user and system."""
+    memory: int
+    """The peak, in bytes."""
+    wakeups: int
+    """How often a thread waited for something, and was woken up."""
+    preemptions: int
+    """How often a thread had to give up its core to another one."""
+
+
+class Sampler:
     """
     Watches several trees of processes, and remembers the peak of each process that it has seen (a context manager).
 
@@ -82,20 +98,23 @@ class MemorySampler:
     pages and don't peak together, but for the comparison it's the same for all.
     """
 
-    def __init__(self, pids: Mapping[str, Iterable[int]], interval: float):
+    def __init__(self, roots: dict[str, list[int]], interval: float):
         """
         Initialize a sampler.
 
-        :param pids: The roots of the trees, by a name for each group of them.
-        :param interval: How often to look, in seconds. A process is missed if it lives shorter than that.
+        :param roots: The roots of the trees, by a name for each group of them.
+        :param interval: How often to look, in seconds. A process is missed if it lives shorter than that, and what it
+                         does after the last look.
         """
-        self.pids = pids
+        self.roots = roots
         self.interval = interval
-        self.peaks: dict[str, dict[int, int]] = {name: {} for name in pids}
+        self.peaks: dict[str, dict[int, int]] = {name: {} for name in roots}
+        self.before = {name: _count_switches(pids) for name, pids in roots.items()}
+        self.switches: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in roots}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> MemorySampler:
+    def __enter__(self) -> Sampler:
         self._thread.start()
         return self
 
@@ -107,17 +126,40 @@ class MemorySampler:
         """The peak memory of a group of trees, in bytes."""
         return sum(self.peaks[name].values())
 
+    def get_switches(self, name: str) -> tuple[int, int]:
+        """How often the threads of a group of trees were woken up, and how often they were preempted."""
+        gained = [
+            tuple(now - before for now, before in zip(counts, self.before[name].get(pid, (0, 0)), strict=True))
+            for pid, counts in self.switches[name].items()
+        ]
+        return sum(wakeups for wakeups, _ in gained), sum(preemptions for _, preemptions in gained)
+
     def _work(self) -> None:
         # The first look comes late enough to find the processes that a client starts at once.
         while not self._stop.wait(self.interval):
-            for name in self.pids:
+            for name in self.roots:
                 self.look(name)
 
     def look(self, name: str) -> None:
-        """Note the peaks of all processes of a group that are there."""
-        for root in self.pids[name]:
+        """Note the peaks and the switches of all processes of a group that are there."""
+        for root in self.roots[name]:
             for pid in get_tree(root):
                 self.peaks[name][pid] = max(get_peak_memory(pid), self.peaks[name].get(pid, 0))
+        self.switches[name].update(_count_switches(self.roots[name]))
+
+
+def _count_switches(roots: Iterable[int]) -> dict[int, tuple[int, int]]:
+    """How often the threads of each process of some trees were woken up, and preempted, since they began."""
+    counts = {}
+    for pid in chain.from_iterable(map(get_tree, roots)):
+        with contextlib.suppress(OSError):
+            texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+            voluntary, forced = (
+                sum(int(count) for text in texts for count in re.findall(rf"^{name}:\s*(\d+)", text, re.MULTILINE))
+                for name in ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+            )
+            counts[pid] = (voluntary, forced)
+    return counts
 
 
 def _read_stat(pid: int) -> list[str]:

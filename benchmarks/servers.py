@@ -13,9 +13,11 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.links import UnavailableError
 from benchmarks.processes import get_cpu_seconds, get_tree, is_listening, reset_peak_memory, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +91,11 @@ class Server(ABC):
         """The process that all others of the server descend from."""
         return self.process.pid
 
+    @property
+    def client_options(self) -> list[str]:
+        """What a client has to be told in addition."""
+        return []
+
     def settle(self) -> None:  # noqa: B027 (there may be nothing to do)
         """Wait until what a client left behind is done (by default there's nothing)."""
 
@@ -111,6 +118,33 @@ class PdiffcopyServer(Server):
     def get_location(self, path: Path) -> str:
         """See :meth:`Server.get_location`."""
         return f"{self.address}:{self.port}{path}"
+
+
+class SecureServer(PdiffcopyServer):
+    """``pdiffcopy --listen`` over https, with a certificate of its own."""
+
+    def __enter__(self) -> Any:
+        self.certificate, self.key = (self.folder / f"server-{self.port}.{kind}" for kind in ("pem", "key"))
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+             "-subj", "/CN=benchmark", "-addext", f"subjectAltName=IP:{self.address}",
+             "-keyout", str(self.key), "-out", str(self.certificate)],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        return super().__enter__()
+
+    def get_command(self) -> list[str]:
+        """See :meth:`Server.get_command`."""
+        return [*super().get_command(), f"--certfile={self.certificate}", f"--keyfile={self.key}"]
+
+    def get_location(self, path: Path) -> str:
+        """See :meth:`Server.get_location`."""
+        return f"https://{super().get_location(path)}"
+
+    @property
+    def client_options(self) -> list[str]:
+        """See :attr:`Server.client_options`."""
+        return [f"--ca-file={self.certificate}"]
 
 
 class TracedServer(PdiffcopyServer):
@@ -151,6 +185,45 @@ class RsyncDaemon(Server):
     def is_available() -> bool:
         """Whether rsync is installed."""
         return bool(shutil.which("rsync"))
+
+
+class SlowStorage:
+    """The files of a folder on storage that takes its time, see :mod:`.slowfs` (a context manager)."""
+
+    def __init__(self, folder: Path, delay: float):
+        """
+        Initialize it.
+
+        :param folder: The folder with the files.
+        :param delay: How long a request takes, in seconds.
+        """
+        self.folder = folder
+        self.delay = delay
+        self.mountpoint = folder / "slow"
+
+    def __enter__(self) -> SlowStorage:
+        if not (os.access("/dev/fuse", os.W_OK) and find_spec("pyfuse3")):
+            raise UnavailableError("no FUSE here (it takes /dev/fuse and the package pyfuse3)")
+        self.mountpoint.mkdir()
+        # On real storage, other processors do the work.
+        command = ["nice", "-n", "-15", sys.executable, "-m", "benchmarks.slowfs", str(self.folder)]
+        self.process = subprocess.Popen(
+            [*command, str(self.mountpoint), str(self.delay)], stdout=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT
+        )
+        assert self.process.stdout
+        if self.process.stdout.readline() != b"mounted\n":
+            self.__exit__()
+            raise UnavailableError("no FUSE here (see above)")
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        subprocess.run(["umount", "--lazy", str(self.mountpoint)], check=False)
+        try:
+            self.process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.mountpoint.rmdir()
 
 
 class RelayServer(Server):

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.bench import DOWNLOAD, Case, Results
-from benchmarks.contenders import LIMITS, RSYNC_DELTA, RSYNC_WHOLE
+from benchmarks.bench import DOWNLOAD, LOOPBACK, Case, Results
+from benchmarks.contenders import LIMIT, RSYNC_DELTA, RSYNC_WHOLE
 from benchmarks.growth import Line, Work
-from benchmarks.verdicts import Verdict, get_limit_seconds
+from benchmarks.verdicts import Verdict
 
-MEBIBYTE = 1024**2
+MEBIBYTE, GIBIBYTE = 1024**2, 1024**3
 
 
 def format_results(results: Results) -> str:
     """
     A table for each group: medians, and what they are divided by those of rsync and of the limit.
 
-    ``/ limit`` refers to the limit with verification, but for contenders that don't verify.
+    What the work costs both hosts is told beside the time: CPU seconds for each GiB of the file, how often a thread was
+    woken up or preempted, and memory.
     """
     groups: dict[str, list[Case]] = {}
     for case in results.samples:
         groups.setdefault(case.group, []).append(case)
-    header = ["work", "MiB", "contender", "n", "median s", "min", "max", "CPU s client", "server", "MiB client",
-              "server", "/ rsync delta", "/ rsync -W", "/ limit"]  # fmt: skip
+    header = ["work", "MiB", "contender", "n", "median s", "min", "max", "CPU s/GiB client", "server",
+              "wake-ups client", "server", "preempted client", "server", "MiB client", "server",
+              "/ rsync delta", "/ rsync -W", "/ limit"]  # fmt: skip
     return "\n\n".join(
         f"{group}\n{format_table(header, [_format_case(results, case) for case in sorted(cases, key=_get_order)])}"
         for group, cases in groups.items()
@@ -69,27 +71,21 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _format_case(results: Results, case: Case) -> list[str]:
     samples = results.samples[case]
     walls = [sample.wall for sample in samples]
-    memory = [results.median(case, lambda s: s.client_memory), results.median(case, lambda s: s.server_memory)]
     row = [case.work, f"{case.size / MEBIBYTE:.0f}", case.contender.name, str(len(samples))]
     row += [f"{number:.3f}" for number in (results.median(case) or 0, min(walls), max(walls))]
-    row += [f"{results.median(case, key) or 0:.2f}" for key in (lambda s: s.client_cpu, lambda s: s.server_cpu)]
-    row += [f"{(number or 0) / MEBIBYTE:.0f}" for number in memory]
-    row += [_format_ratio(results, case, results.median(replace(case, contender=rival)))
-            for rival in (RSYNC_DELTA, RSYNC_WHOLE)]  # fmt: skip
-    return [*row, _format_ratio(results, case, _get_limit(results, case))]
+    for name, unit, digits in (("cpu", case.size / GIBIBYTE, 2), ("wakeups", 1, 0), ("preemptions", 1, 0),
+                               ("memory", MEBIBYTE, 0)):  # fmt: skip
+        for side in ("client", "server"):
+            number = results.median(case, lambda s, side=side, name=name: getattr(getattr(s, side), name)) or 0
+            row.append(f"{number / unit:.{digits}f}")
+    rivals = [replace(case, contender=rival) for rival in (RSYNC_DELTA, RSYNC_WHOLE)]
+    limit = replace(case, contender=LIMIT, direction=DOWNLOAD, link=LOOPBACK)
+    return [*row, *(_format_ratio(results, case, results.median(other)) for other in (*rivals, limit))]
 
 
 def _format_ratio(results: Results, case: Case, divisor: float | None) -> str:
     median = results.median(case)
     return f"{median / divisor:.2f}" if median and divisor else ""
-
-
-def _get_limit(results: Results, case: Case) -> float | None:
-    limit = LIMITS.get(case.contender)
-    if not limit:
-        return None
-    one_more = "" if "--no-verify" in case.contender.arguments else "xxh128"
-    return get_limit_seconds(results, replace(case, contender=limit, direction=DOWNLOAD), one_more)
 
 
 def _get_order(case: Case) -> tuple[object, ...]:

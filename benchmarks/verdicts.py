@@ -2,7 +2,8 @@
 Which ratios are promised, and which of them hold?
 
 Each promise is a row: the work, what it's measured against, and how large the ratio of the medians may be at most.
-A row that can be measured in several ways (hash methods, directions, layouts) counts by its worst case.
+A row that can be measured in several ways (directions, layouts) counts by its worst case. All work is done with no
+option but the locations, unless the row names one.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from benchmarks.bench import DOWNLOAD, UPLOAD, Case, Results, Sample
-from benchmarks.contenders import (
-    BLAKE3,
-    IMPORT_REQUESTS,
-    LIMIT_SHA1,
-    RSYNC_DELTA,
-    RSYNC_WHOLE,
-    SHA1,
-    WHOLE,
-    WHOLE_UNVERIFIED,
-    XXH128,
-    Contender,
+from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Case, Results, Sample
+from benchmarks.contenders import DEFAULT, IMPORT_REQUESTS, READERS, RSYNC_DELTA, RSYNC_WHOLE, XXH128, Contender
+from benchmarks.files import MISSING, PAGE_SIZE, PAGES, SCATTERED
+from benchmarks.groups import (
+    COLD_DISK,
+    CUBIC,
+    HTTPS,
+    LINKS,
+    LONG_RELAY,
+    MEMORY_PERCENT,
+    MEMORY_RATIO,
+    RELAY,
+    RIVALS,
+    SLOW_STORAGE,
+    SMALL_SIZE,
 )
-from benchmarks.files import MISSING, PREFIX, SCATTERED
-from benchmarks.groups import LINKS, LONG_RELAY, MEMORY_PERCENT, MEMORY_RATIO, PERCENTAGES, RELAY, SMALL_SIZE
+
+PIECE_SIZE = 16 * 1024
+"""What has to move for a page that has changed, in bytes."""
 
 Ratios = Iterator[tuple[str, "float | None"]]
 
@@ -62,48 +67,36 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
     :param memory_size: The size of the smaller one of the files whose memory is compared.
     """
     ratios = _Ratios(results, size, memory_size)
+    nothing, tenth, everything = (partial(ratios.delta, percent) for percent in (0, 10, 100))
+    missing = partial(ratios.delta, 100, layout=MISSING, rivals=[RSYNC_WHOLE])
     rows: list[tuple[str, str, float, Callable[[], Ratios]]] = [
-        ("nothing changed, xxh128", "rsync --inplace delta", 0.55, ratios.nothing_changed),
-        ("10 % scattered, xxh128", "the better of rsync delta and rsync -W", 0.50, ratios.tenth_fast),
-        ("10 % scattered, sha1", "rsync delta", 0.30, ratios.tenth_default),
-        ("100 %, xxh128, verified", "rsync -W", 0.85, ratios.all_changed),
-        ("whole file, target missing, verified", "rsync -W", 0.85, ratios.whole),
-        ("whole file, target missing, --no-verify", "rsync -W", 0.65, ratios.whole_unverified),
-        # Which hash the "one more" is, is open: the strict reading is the cheap one that verification really uses.
-        ("any delta, sha1, verified", "limit: hash both, copy, one more sha1", 1.30, partial(ratios.limit, "same")),
-        ("any delta, sha1, verified", "limit: hash both, copy, one more xxh128", 1.30, partial(ratios.limit, "xxh128")),
+        ("nothing changed", "the better rsync", 0.70, nothing),
+        ("nothing changed, cubic", "the better rsync", 0.70, partial(nothing, link=CUBIC)),
+        ("nothing changed, -m xxh128", "the better rsync", 0.45, partial(nothing, contender=XXH128)),
+        ("10 % scattered MiBs", "the better rsync", 0.60, tenth),
+        ("10 % scattered MiBs, cubic", "the better rsync", 0.75, partial(tenth, link=CUBIC)),
+        ("100 %, verified", "rsync -W", 0.80, partial(everything, rivals=[RSYNC_WHOLE])),
+        ("100 %, verified, cubic", "rsync -W", 1.05, partial(everything, rivals=[RSYNC_WHOLE], link=CUBIC)),
+        ("missing target, verified", "rsync -W", 0.65, missing),
+        ("missing target, verified, cubic", "rsync -W", 0.65, partial(missing, link=CUBIC)),
+        ("a page in each tenth MiB, bytes on the wire", "the pages, as 16 KiB each", 1.5, ratios.page_wire),
+        ("a page in each tenth MiB", "rsync delta", 0.25, partial(ratios.delta, 10, PAGES, rivals=[RSYNC_DELTA])),
+        ("a page in each tenth MiB, 1 Gbit/s", "rsync delta", 0.4, partial(ratios.page_link, "1 Gbit/s")),
+        ("a page in each tenth MiB, 50 Mbit/s", "rsync delta", 0.9, partial(ratios.page_link, "50 Mbit/s")),
+        ("https, 100 % and missing", "the same over http", 2.0, ratios.https),
+        ("cold, 1 ms a read, nothing changed", "32 readers of 1 MiB", 1.3, partial(ratios.cold, SLOW_STORAGE, READERS)),
+        ("cold on the disk, nothing changed", "rsync delta", 0.5, partial(ratios.cold, COLD_DISK, RSYNC_DELTA)),
+        ("10 MiB, nothing changed", 'python -c "import requests"', 1.3, ratios.small),
         ("upload", "the same download", 1.25, ratios.upload),
-        ("10 MiB, nothing changed", 'python -c "import requests"', 2.0, ratios.small),
         ("bytes on the wire, 10 %", "the changed bytes", 1.01, ratios.wire),
-        # No method is promised here. What sha1 alone takes on two cores is close to what the wire takes.
-        ("1 Gbit/s link, 10 % scattered, xxh128", "changed bytes / bandwidth", 1.25, partial(ratios.link, XXH128)),
-        ("1 Gbit/s link, 10 % scattered, sha1", "changed bytes / bandwidth", 1.25, partial(ratios.link, SHA1)),
-        ("50 ms round trip, 10 % scattered", "the same without delay", 2.0, ratios.long),
+        ("1 Gbit/s link, 10 % scattered MiBs", "changed bytes / bandwidth", 1.25, ratios.link),
+        ("50 ms round trip, 10 % scattered MiBs", "the same without delay", 2.0, ratios.long),
         (f"memory, {MEMORY_RATIO} times the file", "the file", 1.05, ratios.memory),
     ]
     return [
         Verdict(work, against, limit, {name: ratio for name, ratio in measure() if ratio is not None})
         for work, against, limit, measure in rows
     ]
-
-
-def get_limit_seconds(results: Results, case: Case, one_more: str = "xxh128") -> float | None:
-    """
-    The time of a limit.
-
-    :param case: The case of the limit.
-    :param one_more: What the changed part is hashed with once more after it was moved: ``xxh128`` (what verification
-                     uses, the strict reading), ``same`` (the method that the files are hashed with) or nothing.
-    """
-
-    def get_seconds(sample: Sample) -> float:
-        steps = sample.details["steps"]
-        if one_more == "xxh128":
-            return sample.wall
-        again = steps["hash"] * sample.changed / (2 * case.size) if one_more == "same" else 0
-        return sample.wall - steps["verify"] + again
-
-    return results.median(case, get_seconds)
 
 
 class _Ratios:
@@ -113,93 +106,77 @@ class _Ratios:
         self.results = results
         self.size = size
         self.memory_size = memory_size
-        self.delta = Case("delta", XXH128, size)
 
     def compare(self, case: Case, *others: Case) -> float | None:
         """The ratio of the medians of a case and of the best of some others."""
         return _divide(self.results.median(case), _least(map(self.results.median, others)))
 
-    def nothing_changed(self) -> Ratios:
-        case = replace(self.delta, percent=0)
-        yield "download", self.compare(case, replace(case, contender=RSYNC_DELTA))
+    def delta(
+        self, percent: float, layout: str = SCATTERED, contender: Contender = DEFAULT,
+        rivals: Iterable[Contender] = RIVALS, link: str = LOOPBACK,
+    ) -> Ratios:  # fmt: skip
+        case = Case("delta", contender, self.size, layout=layout, percent=percent, link=link)
+        yield "download", self.compare(case, *(replace(case, contender=rival) for rival in rivals))
 
-    def tenth_fast(self) -> Ratios:
-        rivals = [replace(self.delta, contender=contender) for contender in (RSYNC_DELTA, RSYNC_WHOLE)]
-        yield "download", self.compare(self.delta, *rivals)
+    def page_wire(self) -> Ratios:
+        for direction in (DOWNLOAD, UPLOAD):
+            case = Case("wire", DEFAULT, self.size, direction, PAGES, 10, RELAY)
+            share = self.results.median(case, _get_wire_share)
+            yield direction, _divide(share, PIECE_SIZE / PAGE_SIZE)
 
-    def tenth_default(self) -> Ratios:
-        case = replace(self.delta, contender=SHA1)
-        yield "download", self.compare(case, replace(case, contender=RSYNC_DELTA))
+    def page_link(self, name: str) -> Ratios:
+        for direction in (DOWNLOAD, UPLOAD):
+            case = Case("links", DEFAULT, self.size, direction, PAGES, link=name)
+            yield direction, self.compare(case, replace(case, contender=RSYNC_DELTA))
 
-    def all_changed(self) -> Ratios:
-        for layout in (SCATTERED, PREFIX):
-            case = replace(self.delta, percent=100, layout=layout)
-            yield layout, self.compare(case, replace(case, contender=RSYNC_WHOLE))
+    def https(self) -> Ratios:
+        for layout in (SCATTERED, MISSING):
+            for direction in (DOWNLOAD, UPLOAD):
+                case = Case("https", DEFAULT, self.size, direction, layout, 100, HTTPS)
+                yield f"{direction}, {layout}", self.compare(case, replace(case, link=LOOPBACK))
 
-    def whole(self) -> Ratios:
-        case = Case("whole", WHOLE, self.size, layout=MISSING, percent=100)
-        yield "download", self.compare(case, replace(case, contender=RSYNC_WHOLE))
-
-    def whole_unverified(self) -> Ratios:
-        case = Case("whole", WHOLE_UNVERIFIED, self.size, layout=MISSING, percent=100)
-        yield "download", self.compare(case, replace(case, contender=RSYNC_WHOLE))
-
-    def limit(self, one_more: str) -> Ratios:
-        for percent in PERCENTAGES:
-            for layout in (SCATTERED, PREFIX):
-                for direction in (DOWNLOAD, UPLOAD):
-                    case = replace(self.delta, contender=SHA1, percent=percent, layout=layout, direction=direction)
-                    bare = replace(case, contender=LIMIT_SHA1, direction=DOWNLOAD)
-                    limit = get_limit_seconds(self.results, bare, one_more)
-                    yield f"{direction}, {percent} % {layout}", _divide(self.results.median(case), limit)
+    def cold(self, link: str, rival: Contender) -> Ratios:
+        case = Case("cold", DEFAULT, self.size, percent=0, link=link)
+        yield "download", self.compare(case, replace(case, contender=rival))
 
     def upload(self) -> Ratios:
         for case in list(self.results.samples):
-            if case.group in ("delta", "whole") and case.direction == UPLOAD and case.contender.server == "pdiffcopy":
-                name = f"{case.contender.name}, {case.percent:g} % {case.layout}"
-                yield name, self.compare(case, replace(case, direction=DOWNLOAD))
+            if case.group == "delta" and case.direction == UPLOAD and case.contender is DEFAULT:
+                yield f"{case.percent:g} % {case.layout}", self.compare(case, replace(case, direction=DOWNLOAD))
 
     def small(self) -> Ratios:
-        base = Case("small", IMPORT_REQUESTS, SMALL_SIZE, percent=0)
-        for contender in (SHA1, XXH128, BLAKE3):
-            yield contender.name, self.compare(replace(base, contender=contender), base)
+        case = Case("small", DEFAULT, SMALL_SIZE, percent=0)
+        yield "download", self.compare(case, replace(case, contender=IMPORT_REQUESTS))
 
     def wire(self) -> Ratios:
-        for contender in (SHA1, XXH128):
-            for direction in (DOWNLOAD, UPLOAD):
-                case = Case("wire", contender, self.size, direction, link=RELAY)
-                yield f"{contender.name}, {direction}", self.results.median(case, _get_wire_share)
+        for direction in (DOWNLOAD, UPLOAD):
+            case = Case("wire", DEFAULT, self.size, direction, link=RELAY)
+            yield direction, self.results.median(case, _get_wire_share)
 
-    def link(self, contender: Contender) -> Ratios:
+    def link(self) -> Ratios:
         name = "1 Gbit/s"
         for direction in (DOWNLOAD, UPLOAD):
-            case = Case("links", contender, self.size, direction, link=name)
+            case = Case("links", DEFAULT, self.size, direction, link=name)
             seconds = self.results.median(case, lambda sample: sample.changed * 8 / LINKS[name])
             yield direction, _divide(self.results.median(case), seconds)
 
     def long(self) -> Ratios:
-        for contender in (SHA1, XXH128):
-            for direction in (DOWNLOAD, UPLOAD):
-                case = Case("long", contender, self.size, direction, link=LONG_RELAY)
-                yield f"{contender.name}, {direction}", self.compare(case, replace(case, link=RELAY))
+        for direction in (DOWNLOAD, UPLOAD):
+            case = Case("long", DEFAULT, self.size, direction, link=LONG_RELAY)
+            yield direction, self.compare(case, replace(case, link=RELAY))
 
     def memory(self) -> Ratios:
         for direction in (DOWNLOAD, UPLOAD):
-            small = Case("memory", XXH128, self.memory_size, direction, percent=MEMORY_PERCENT)
+            small = Case("memory", DEFAULT, self.memory_size, direction, percent=MEMORY_PERCENT)
             large = replace(small, size=MEMORY_RATIO * self.memory_size)
             for side in ("client", "server"):
-                peaks = [self.results.median(case, _Peak(side)) for case in (large, small)]
+                peaks = [self.results.median(case, partial(_get_peak, side)) for case in (large, small)]
                 yield f"{side}, {direction}", _divide(*peaks)
 
 
-class _Peak:
+def _get_peak(side: str, sample: Sample) -> float:
     """The peak memory of a side, as a key of a sample."""
-
-    def __init__(self, side: str):
-        self.side = side
-
-    def __call__(self, sample: Sample) -> float:
-        return sample.client_memory if self.side == "client" else sample.server_memory
+    return sample.client.memory if side == "client" else sample.server.memory
 
 
 def _get_wire_share(sample: Sample) -> float:
