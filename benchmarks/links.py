@@ -66,7 +66,7 @@ class Machine(_Namespaces):
     def __enter__(self) -> Any:
         before = CONGESTION_CONTROL.read_text()
         try:
-            # A namespace begins with the one of the system, and may later choose only from those that are for everybody.
+            # A namespace begins with the one of the system. Later it may choose only from those that are for everybody.
             CONGESTION_CONTROL.write_text(self.congestion_control)
             return super().__enter__()
         except OSError as e:

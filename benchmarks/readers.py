@@ -10,8 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from threading import local
+from threading import Lock, Thread
 
 READ_SIZE = 1024 * 1024
 
@@ -20,17 +19,24 @@ def main() -> None:
     """The command line interface."""
     count, *names = sys.argv[1:]
     files = [os.open(name, os.O_RDONLY) for name in names]
-    places = [(fd, offset) for fd in files for offset in range(0, os.fstat(fd).st_size, READ_SIZE)]
-    thread = local()
+    # From all files at once, as whoever compares them would.
+    places = iter([(fd, offset) for offset in range(0, os.fstat(files[0]).st_size, READ_SIZE) for fd in files])
+    lock = Lock()
 
-    def read(place: tuple[int, int]) -> None:
-        if not hasattr(thread, "buffer"):
-            thread.buffer = mmap.mmap(-1, READ_SIZE)
-        os.preadv(place[0], [thread.buffer], place[1])
+    def read() -> None:
+        buffer = mmap.mmap(-1, READ_SIZE)
+        while True:
+            with lock:
+                place = next(places, None)
+            if not place:
+                return
+            os.preadv(place[0], [buffer], place[1])
 
-    with ThreadPoolExecutor(int(count)) as executor:
-        for _ in executor.map(read, places):
-            pass
+    threads = [Thread(target=read) for _ in range(int(count))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 if __name__ == "__main__":
