@@ -45,7 +45,7 @@ def allow_kernel_encryption(context: ssl.SSLContext) -> ssl.SSLContext:
 
 
 def takes_plaintext(sock: socket.socket) -> bool:
-    """Whether what is written to the descriptor of a socket arrives there as such: the kernel encrypts it, or nobody."""
+    """Whether bytes may be written to the descriptor of a socket as they are: the kernel encrypts them, or nobody does."""
     if not isinstance(sock, ssl.SSLSocket):
         return True
     try:
