@@ -45,7 +45,7 @@ def allow_kernel_encryption(context: ssl.SSLContext) -> ssl.SSLContext:
 
 
 def takes_plaintext(sock: socket.socket) -> bool:
-    """Whether bytes may be written to the descriptor of a socket as they are: the kernel encrypts them, or nobody does."""
+    """Whether bytes may be written to the descriptor of a socket as they are: nobody encrypts them, or the kernel."""
     if not isinstance(sock, ssl.SSLSocket):
         return True
     try:
