@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
-from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, BlockDigest, FileInfo
+from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, BlockDigest, Extent, FileInfo, Hole
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import ProgramError, ProtocolError, ReportedError, TransientError
 from pdiffcopy.features import FEATURES
@@ -36,7 +37,13 @@ MAX_UNCHECKED = 65536
 MAX_DETAIL = 400
 """How many characters of a problem's detail are passed on."""
 
-_HASH_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\t([0-9a-f]{2,512})")
+MAX_HOLES = 8192
+"""How many holes an answer tells at most."""
+CLEARED = "cleared"
+"""The member of the answer to ``POST /zeros`` that is false where a file can't have holes."""
+
+_HASH_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\t([0-9a-f]{2,512}(?:\.[0-9a-f]{32})?)")
+_HOLE_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\thole\t([1-9][0-9]{0,18})")
 
 
 @dataclass(frozen=True)
@@ -64,18 +71,22 @@ def sign_answer(request: str, status: int, digest: str) -> str:
 # Streams of digests {{{1
 
 
-def format_hashes(digests: Iterable[BlockDigest]) -> bytes:
+def format_hashes(digests: Iterable[BlockDigest | Hole]) -> bytes:
     """Spell lines of a hash stream."""
-    return "".join(f"{offset}\t{digest}\n" for offset, digest in digests).encode("ascii")
+    return "".join(map(_format_line, digests)).encode("ascii")
 
 
-def format_checked(digests: Iterable[BlockDigest]) -> bytes:
+def _format_line(item: BlockDigest | Hole) -> str:
+    return f"{item.offset}\thole\t{item.size}\n" if isinstance(item, Hole) else f"{item.offset}\t{item.digest}\n"
+
+
+def format_checked(digests: Iterable[BlockDigest | Hole]) -> bytes:
     """Spell lines of a hash stream, and their XXH128 digest after an equals sign (an empty line if there are none)."""
     lines = format_hashes(digests)
     return b"%b=%b\n" % (lines, compute_digest(lines).encode("ascii")) if lines else b"\n"
 
 
-def parse_hashes(chunks: Iterable[bytes]) -> Iterator[BlockDigest]:
+def parse_hashes(chunks: Iterable[bytes]) -> Iterator[BlockDigest | Hole]:
     """
     Read a hash stream.
 
@@ -86,7 +97,7 @@ def parse_hashes(chunks: Iterable[bytes]) -> Iterator[BlockDigest]:
         yield _parse_hash(line.rstrip(b"\r"))
 
 
-def parse_checked(chunks: Iterable[bytes]) -> Iterator[BlockDigest]:
+def parse_checked(chunks: Iterable[bytes]) -> Iterator[BlockDigest | Hole]:
     """
     Read a hash stream with checks: what it yields arrived as it was sent.
 
@@ -117,9 +128,11 @@ def parse_checked(chunks: Iterable[bytes]) -> Iterator[BlockDigest]:
     raise ProtocolError("The server's hashes end early")
 
 
-def _parse_hash(line: bytes) -> BlockDigest:
+def _parse_hash(line: bytes) -> BlockDigest | Hole:
     match = _HASH_LINE.fullmatch(line)
     if not match:
+        if hole := _HOLE_LINE.fullmatch(line):
+            return Hole(int(hole[1]), int(hole[2]))
         raise ProtocolError("The server sent a malformed hash line: {line}", line=repr(line[:80]))
     return BlockDigest(int(match[1]), match[2].decode("ascii"))
 
@@ -181,18 +194,44 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
     times = {name: document.get(name, 0) for name in ("mtime_ns", "ctime_ns", "settles_ms")}
     size, settles_ms = document.get("size"), times["settles_ms"]
     mode = document.get("mode", FileInfo.mode)
-    for value in (size, mode, *times.values()):
+    grain = document.get("grain", 0)
+    for value in (size, mode, grain, *times.values()):
         if type(value) is not int or value > MAX_OFFSET:
             raise ProtocolError("The server states an impossible size or time: {value}", value=repr(value)[:80])
-    if size < 0 or not 0 <= settles_ms <= MAX_SETTLING:
+    if size < 0 or grain < 0 or not 0 <= settles_ms <= MAX_SETTLING:
         raise ProtocolError("The server states an impossible size or time: {value}", value=f"{size}, {settles_ms}")
     resizable = document.get("resizable", True) is True
     file_id = str(document.get("file_id", ""))[:80]
-    return FileInfo(True, size, file_id=file_id, resizable=resizable, mode=mode & MAX_MODE, **times), peer
+    holes = {"grain": grain, "has_holes": document.get("has_holes", False) is True}
+    return FileInfo(True, size, file_id=file_id, resizable=resizable, mode=mode & MAX_MODE, **holes, **times), peer
 
 
 def _strings(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)][:1000] if isinstance(value, list) else []
+
+
+def encode_holes(holes: Iterable[Extent], stop: int) -> dict[str, Any]:
+    """Make the members of the answer to ``/holes``: as many holes as it can tell, and how far it has looked."""
+    told = list(islice(holes, MAX_HOLES))
+    return {"holes": [list(hole) for hole in told], "stop": sum(told[-1]) if len(told) == MAX_HOLES else stop}
+
+
+def decode_holes(text: bytes, start: int, stop: int) -> tuple[list[Extent], int]:
+    """
+    Read the answer to ``/holes``.
+
+    :returns: The holes, in order, and how far the server has looked.
+    :raises: :exc:`.ProtocolError` when it isn't one.
+    """
+    try:
+        document = json.loads(text)
+        holes, end = [Extent(*hole) for hole in document["holes"]], document["stop"]
+        edges = [start, *(edge for hole in holes for edge in (hole.offset, sum(hole))), end, stop]
+        if all(type(edge) is int for edge in edges) and edges == sorted(edges) and start < end:
+            return holes, end
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ProtocolError("The server states impossible holes")
 
 
 def decode_flag(text: bytes, name: str) -> bool:

@@ -7,23 +7,33 @@ are in bytes. The offset of a block is a multiple of the block size; only the la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 __all__ = [
+    "HOLES",
     "MAX_MODE",
     "MAX_OFFSET",
+    "ZEROS",
     "Block",
     "BlockDigest",
     "Extent",
     "FileInfo",
+    "Hole",
     "block_length",
     "count_blocks",
+    "cut",
     "halve",
+    "intersect",
+    "subtract",
     "total_size",
 ]
 
+HOLES, ZEROS = "holes", "zeros"
+"""How a part of a file can be nothing: with no room on the disk, and with some."""
 MAX_OFFSET = 2**63 - 1
 """The largest offset that Linux knows (``off_t``)."""
 MAX_MODE = 0o777
@@ -44,14 +54,25 @@ class Extent(NamedTuple):
     size: int
 
 
+class Hole(NamedTuple):
+    """A run of blocks that lie in a hole of the file."""
+
+    offset: int
+    size: int
+
+
 class Block(NamedTuple):
-    """A block of the source that was compared."""
+    """A block of the source that was compared, or a run of them."""
 
     offset: int
     size: int
     changed: bool
     digest: str
     """The digest of the block in the source (empty when it wasn't computed)."""
+    fill: str = ""
+    """What it is to become without being moved: :data:`HOLES` or :data:`ZEROS` (empty: it is moved)."""
+    blocks: int = 1
+    """How many it stands for."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,10 @@ class FileInfo:
     """False for a block device: its size is what it is."""
     mode: int = 0o666
     """Who may read, write and execute the file (the permission bits; 0666 when they aren't known)."""
+    grain: int = field(default=0, compare=False)
+    """The size of the smallest hole that it can have, in bytes (0 when it can have none, or that isn't known)."""
+    has_holes: bool = field(default=False, compare=False)
+    """Whether it has some."""
     settles_ms: int = field(default=0, compare=False)
     """For how long another change may bear the same time as the last one, in milliseconds."""
 
@@ -119,3 +144,35 @@ def halve(extents: Sequence[Extent]) -> tuple[tuple[Extent, ...], tuple[Extent, 
         room -= size
     rest = (Extent(offset + room, size - room),) if size > room else ()
     return (*extents[:index], Extent(offset, room)), (*rest, *extents[index + 1 :])
+
+
+def intersect(extent: Extent, extents: Sequence[Extent]) -> Iterator[Extent]:
+    """Yield the parts of an extent that lie in some others, which are in ascending order."""
+    first = bisect_right(extents, extent.offset, key=lambda other: other.offset) - 1
+    for other in extents[max(first, 0) :]:
+        begin, end = max(extent.offset, other.offset), min(sum(extent), sum(other))
+        if begin < end:
+            yield Extent(begin, end - begin)
+        if sum(other) >= sum(extent):
+            return
+
+
+def subtract(extents: Sequence[Extent], holes: Sequence[Extent]) -> Iterator[Extent]:
+    """Yield what is left of some extents without others, which lie in them (both in ascending order)."""
+    remaining = deque(holes)
+    for extent in extents:
+        position, end = extent.offset, sum(extent)
+        while remaining and remaining[0].offset < end:
+            hole = remaining.popleft()
+            if position < hole.offset:
+                yield Extent(position, hole.offset - position)
+            position = sum(hole)
+        if position < end:
+            yield Extent(position, end - position)
+
+
+def cut(extents: Iterable[Extent], size: int) -> Iterator[Extent]:
+    """Cut extents into parts of a size (the last part of each may be shorter)."""
+    for start, length in extents:
+        for offset in range(start, start + length, size):
+            yield Extent(offset, min(size, start + length - offset))

@@ -54,6 +54,11 @@ Supported options:
 
     Flush TARGET to its disk before reporting success.
 
+  --sparse=WHEN
+
+    What becomes of holes, which are parts of a file that take no room on the disk: 'auto' makes them where SOURCE has
+    them and nowhere else (the default), 'always' makes them of all blocks of zeros, 'never' makes none.
+
   --timeout=SECONDS
 
     How long to wait for a sign of life of the other side (defaults to 60).
@@ -198,7 +203,8 @@ def run_client(**options: Any) -> None:
 
     :param options: The options of the command line by their long names (with underscores): ``source``, ``target``,
                     ``block_size``, ``hash_method``, ``whole_file``, ``concurrency``, ``dry_run``, ``benchmark``,
-                    ``no_verify``, ``fsync``, ``timeout``, ``retries``, ``token_file``, ``ca_file``, ``json``.
+                    ``no_verify``, ``fsync``, ``sparse``, ``timeout``, ``retries``, ``token_file``, ``ca_file``,
+                    ``json``.
     """
     as_json = options.pop("json", False)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -40,6 +40,14 @@ The rest a client uses only when the server lists it as a *feature* in its answe
     ``/hashes`` takes ``offset=`` (a multiple of the block size) and begins there, and its lines come in order. With
     ``checks=1`` the digest of the lines follows after each few of them (:func:`.format_checked`), empty lines keep the
     connection alive, and the last line is :data:`.DONE` or a problem.
+:data:`FEATURE_SPARSE`
+    ``/hashes`` takes ``grain=`` together with ``checks=1``: a line of an offset, ``hole`` and a size stands for all
+    blocks of a hole, and a digest is followed by a dot and a digest of the layout of the holes in its block, if it has
+    some (those that consist of whole grains; of ``BEGIN:END,BEGIN:END,...`` in bytes from the beginning of the block).
+    ``GET /holes?filename=&offset=&stop=&grain=`` tells holes, and how far it has looked.
+    ``POST /zeros?filename=&packed=`` makes zeros of some extents: with ``keep=1`` such that take room on the disk,
+    otherwise holes (or not, where the answer says that there can be none). ``/info`` tells the ``grain`` of a file
+    system (the size of its blocks), and whether a file ``has_holes``.
 :data:`FEATURE_SYNC`
     ``POST /sync?filename=`` flushes the file to its disk. While that takes time, empty lines keep the connection
     alive; the last line is :data:`.DONE` or a problem.
@@ -49,6 +57,7 @@ from __future__ import annotations
 
 FEATURE_ANSWER, FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "answer", "blockwise", "claim", "digest"
 FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_RESUME, FEATURE_SYNC = "extents", "pieces", "resume", "sync"
+FEATURE_SPARSE = "sparse"
 FEATURES = frozenset(
     [
         FEATURE_ANSWER,
@@ -58,6 +67,7 @@ FEATURES = frozenset(
         FEATURE_EXTENTS,
         FEATURE_PIECES,
         FEATURE_RESUME,
+        FEATURE_SPARSE,
         FEATURE_SYNC,
     ]
 )

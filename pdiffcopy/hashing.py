@@ -22,13 +22,16 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 from pdiffcopy import digests
-from pdiffcopy.blocks import BlockDigest, Extent
+from pdiffcopy.blocks import BlockDigest, Extent, Hole
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.localfile import LocalFile
 
 STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
+
+_Found = list[BlockDigest | Hole]
+"""What is known of neighboring blocks."""
 
 STRIPE_BLOCKS = 4096
 """How many blocks a stripe has at most: a client that asks for tiny blocks can't fill the memory with digests."""
@@ -53,7 +56,7 @@ def compute_hashes(filename: str, block_size: int, method: str, concurrency: int
     get_hasher(method)
     with LocalFile(filename) as file, Hashers(concurrency) as hashers:
         for stripe in hashers.hash(file, 0, file.size(), block_size, method):
-            yield from stripe
+            yield from (item for item in stripe if isinstance(item, BlockDigest))
 
 
 def hash_worker(offset: int, block_size: int, filename: str, method: str) -> tuple[int, str]:
@@ -120,20 +123,28 @@ class Hashers:
         self.executor.shutdown()
 
     def hash(
-        self, file: LocalFile, start: int, stop: int, block_size: int, method: str, concurrency: int = 0
-    ) -> Generator[list[BlockDigest], None, None]:
+        self,
+        file: LocalFile,
+        start: int,
+        stop: int,
+        block_size: int,
+        method: str,
+        concurrency: int = 0,
+        grain: int = 0,
+    ) -> Generator[list[BlockDigest | Hole], None, None]:
         """
         Hash a part of an open file.
 
         :param start: Where to begin, a multiple of the block size.
         :param stop: Where the last block ends, whole or not.
         :param concurrency: How many threads to keep busy (by default all).
+        :param grain: See :meth:`.Replica.hashes`.
         :returns: A generator of lists of neighboring blocks, in order. It yields an empty list when that takes longer
                   than :data:`HEARTBEAT`.
         """
         if block_size < 1:
             raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
-        stripes = _Stripes(self, file, start, stop, block_size, get_hasher(method))
+        stripes = _Stripes(self, file, start, stop, block_size, get_hasher(method), grain)
         most = 2 * min(concurrency or self.threads, self.threads) + 1
         try:
             while stripes.submit(most):
@@ -160,29 +171,65 @@ class _Stripes:
     """The stripes of one file that are being hashed."""
 
     def __init__(
-        self, hashers: Hashers, file: LocalFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any]
+        self,
+        hashers: Hashers,
+        file: LocalFile,
+        start: int,
+        stop: int,
+        block_size: int,
+        new_hasher: Callable[[], Any],
+        grain: int,
     ):
         self.hashers, self.file, self.block_size, self.new_hasher = hashers, file, block_size, new_hasher
+        self.grain = grain
         self.begin = self.position = start
         self.stop = stop
-        self.pending: deque[tuple[Future[list[BlockDigest]], int]] = deque()
+        self.pending: deque[tuple[Future[_Found], int]] = deque()
         """Their results, and how much of the budget they have taken."""
 
     def submit(self, most: int) -> bool:
         """Submit as many as may wait (at least one), and tell whether there are any."""
         while self.position < self.stop and len(self.pending) < most:
+            hole = self._find_hole(self.position + STRIPE_SIZE) if self.grain else Hole(self.stop, 0)
+            if hole.offset == self.position:
+                self._append_hole(hole)
+                continue
             blocks = taken = self._count_blocks(most - 1)
             if not self.hashers.budget.take(blocks):
                 if self.pending:
                     break
                 blocks, taken = min(blocks, LEAST_BLOCKS), 0
-            end = min(self.position + blocks * self.block_size, self.stop)
+            end = min(self.position + blocks * self.block_size, hole.offset)
             work = self.hashers.executor.submit(
-                _hash_stripe, self.file, self.position, end, self.block_size, self.new_hasher
+                _hash_stripe, self.file, self.position, end, self.block_size, self.new_hasher, self.grain
             )
             self.pending.append((work, taken))
             self.position = end
         return bool(self.pending)
+
+    def _find_hole(self, limit: int) -> Hole:
+        """
+        Find the next run of blocks that lie in a hole.
+
+        :param limit: Where to stop looking: a file may have more holes than can be counted in a moment.
+        :returns: The run (one of no size where the search has ended, or where the file does).
+        """
+        limit = min(-(-limit // self.block_size) * self.block_size, self.stop)
+        for offset, size in self.file.holes(self.position, self.stop):
+            if offset >= limit:
+                break
+            begin, end = -(-offset // self.block_size) * self.block_size, offset + size
+            if end < self.stop:
+                end -= end % self.block_size
+            if begin < end:
+                return Hole(begin, end - begin)
+        return Hole(limit, 0)
+
+    def _append_hole(self, hole: Hole) -> None:
+        found: Future[_Found] = Future()
+        found.set_result([hole])
+        self.pending.append((found, 0))
+        self.position += hole.size
 
     def _count_blocks(self, share: int) -> int:
         """Small stripes come first: a reader waits for them, and a small file is to keep all threads busy."""
@@ -196,7 +243,7 @@ class _Stripes:
         self.hashers.budget.give(sum(taken for _, taken in self.pending))
 
 
-def _await(future: Future[list[BlockDigest]]) -> Iterator[list[BlockDigest]]:
+def _await(future: Future[_Found]) -> Iterator[_Found]:
     while True:
         try:
             future.exception(HEARTBEAT)  # waits for the end, however that is
@@ -207,12 +254,14 @@ def _await(future: Future[list[BlockDigest]]) -> Iterator[list[BlockDigest]]:
 
 
 def _hash_stripe(
-    file: LocalFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any]
-) -> list[BlockDigest]:
+    file: LocalFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any], grain: int
+) -> _Found:
     # Several small blocks are read at once, a large block in several chunks.
     run = max(CHUNK_SIZE // block_size, 1) * block_size
     extents = [Extent(offset, min(run, stop - offset)) for offset in range(start, stop, run)]
-    found, hasher, position = [], new_hasher(), start
+    layouts = _find_layouts(file, start, stop, block_size, grain) if grain else {}
+    found: _Found = []
+    hasher, position = new_hasher(), start
     file.prepare([Extent(start, stop - start)])
     for chunk in file.chunks(extents):
         for cut in range(0, len(chunk), block_size):
@@ -220,9 +269,20 @@ def _hash_stripe(
             hasher.update(piece)
             position += len(piece)
             if position % block_size == 0 or position == stop:
-                found.append(BlockDigest((position - 1) // block_size * block_size, hasher.hexdigest()))
+                offset = (position - 1) // block_size * block_size
+                found.append(BlockDigest(offset, hasher.hexdigest() + layouts.get(offset, "")))
                 hasher = new_hasher()
     return found
+
+
+def _find_layouts(file: LocalFile, start: int, stop: int, block_size: int, grain: int) -> dict[int, str]:
+    """Tell which blocks have holes, and where: a dot and a digest of that, by the offset of the block."""
+    parts: dict[int, list[str]] = {}
+    for extent in file.holes(start, stop, grain):
+        for block in range(extent.offset // block_size * block_size, sum(extent), block_size):
+            begin, end = max(extent.offset - block, 0), min(sum(extent) - block, block_size)
+            parts.setdefault(block, []).append(f"{begin}:{end}")
+    return {block: f".{digests.compute_digest(','.join(ends).encode('ascii'))}" for block, ends in parts.items()}
 
 
 def find_method(method: str) -> str:

@@ -77,6 +77,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "--listen": ("server", "address", _parse_text),
     "--no-verify": ("client", "no_verify", None),
     "--fsync": ("client", "fsync", None),
+    "--sparse": ("client", "sparse", _parse_text),
     "--timeout": ("client", "timeout", _parse_seconds),
     "--retries": ("client", "retries", _parse_number),
     "--token-file": ("both", "token_file", _parse_text),

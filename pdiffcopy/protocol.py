@@ -3,8 +3,7 @@ What does a client ask a server for, and how is that spelled?
 
 A request is a value: an object of one of the classes in :data:`REQUESTS`, with a field for each word on the wire. The
 client encodes it, the server decodes it, and neither knows the words. What comes in is checked here, completely, so
-that the code behind it can rely on ranges and types. (:mod:`.answers` has the way back.) There is no I/O here, and
-neither Flask nor requests.
+that the code behind it can rely on ranges and types. (:mod:`.answers` has the way back.) There is no I/O here.
 
 The requests that version 1.0.1 knows are frozen; :mod:`.features` tells what was added since.
 """
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from urllib.parse import urlencode
 
 from pdiffcopy import BLOCK_SIZE
-from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, count_blocks, total_size
+from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, Extent, FileInfo, count_blocks, total_size
 from pdiffcopy.digests import METHOD
 from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
 from pdiffcopy.words import (
@@ -149,16 +148,31 @@ class HashesRequest(Request):
     concurrency: int = word(Integer(1, MAX_CONCURRENCY), 1, is_frozen=True)
     offset: int = word(Integer(), 0)
     checks: bool = word(Flag(), False)
+    grain: int = word(Integer(0, MAX_BLOCK_SIZE), 0)
+    """The size of the smallest hole that matters (0: none does, and a hole is hashed like anything else)."""
     flush: bool = word(Flag(), False)
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense together."""
         if self.offset % self.block_size:
             raise RequestError("The offset {start} isn't a multiple of the block size", start=self.offset)
+        if self.grain and (self.block_size % self.grain or not self.checks):
+            raise RequestError("Holes are told with checks, and their grain has to be a part of a block")
 
     def starting_at(self, offset: int) -> HashesRequest:
         """Return the same request for a part of the file, with checks (feature `resume`)."""
         return replace(self, offset=offset, checks=True)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class HolesRequest(Request):
+    """The holes in a part of a file."""
+
+    verb, endpoint, action = "GET", "holes", "holes"
+
+    offset: int = word(Integer())
+    stop: int = word(Integer())
+    grain: int = word(Integer(1, MAX_BLOCK_SIZE))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -262,6 +276,22 @@ class WriteRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class ClearRequest(Request):
+    """Extents that are to become zeros."""
+
+    verb, endpoint, action, writes = "POST", "zeros", "clear", True
+
+    packed: tuple[Extent, ...] = word(Packed(MAX_OFFSET))
+    keep: bool = word(Flag(), False)
+    """Whether they take room on the disk (otherwise they become holes)."""
+    run: str = word(RUN, "")
+
+    def __post_init__(self) -> None:
+        """Refuse what would take too long."""
+        check_extents(self.packed, MAX_BLOCK_SIZE if self.keep else MAX_OFFSET)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ResizeRequest(Request):
     """A new size for a file, which is created where it is missing."""
 
@@ -307,9 +337,11 @@ def _place(extents: Sequence[Extent]) -> dict[str, Any]:
 REQUESTS: tuple[type[Request], ...] = (
     InfoRequest,
     HashesRequest,
+    HolesRequest,
     PiecesRequest,
     ReadRequest,
     WriteRequest,
+    ClearRequest,
     ResizeRequest,
     ClaimRequest,
     ReleaseRequest,

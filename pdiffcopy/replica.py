@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pdiffcopy import __version__, digests
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, total_size
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, total_size
 from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, ReplacedError, SourceChangedError
 from pdiffcopy.features import FEATURES
@@ -86,16 +86,22 @@ class Replica(ABC):
 
     @abstractmethod
     def hashes(
-        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None
-    ) -> Generator[list[BlockDigest], None, None]:
+        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0
+    ) -> Generator[list[BlockDigest | Hole], None, None]:
         """
         Hash the blocks of a part of the file.
 
         :param start: Where the first block begins (a multiple of the block size).
         :param stop: Where the last one ends (:data:`None`: where the file does).
+        :param grain: The size of the smallest hole that matters, a part of a block: whole blocks in a hole are told and
+                      not hashed, and a digest also stands for where its block has holes (0: no hole matters).
         :returns: A generator of lists of neighboring blocks, in order, as they become known. A list is empty when the
                   next one takes long.
         """
+
+    @abstractmethod
+    def holes(self, start: int, stop: int, grain: int) -> Iterator[Extent]:
+        """Find the holes in a part of the file, as far as they consist of whole grains (see :func:`.find_holes`)."""
 
     @abstractmethod
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
@@ -128,6 +134,15 @@ class Replica(ABC):
 
         :param run: The run that has claimed the file, if one has.
         :raises: :exc:`.DigestMismatchError` when that differs, :exc:`.TakenOverError` when the claim is lost.
+        """
+
+    @abstractmethod
+    def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
+        """
+        Make zeros of some extents, and look whether they are.
+
+        :param keep: Whether they take room on the disk (otherwise they become holes).
+        :returns: Whether that's possible here.
         """
 
     @abstractmethod
@@ -201,18 +216,23 @@ class LocalReplica(Replica):
             return FileInfo(exists=False), peer
 
     def hashes(
-        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None
-    ) -> Generator[list[BlockDigest], None, None]:
+        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0
+    ) -> Generator[list[BlockDigest | Hole], None, None]:
         """See :meth:`Replica.hashes`."""
         get_hasher(method)
         file = self._open()  # now, and not when the first digest is asked for
-        return self._hash(file, block_size, method, concurrency, start, file.size() if stop is None else stop)
+        return self._hash(file, block_size, method, concurrency, start, file.size() if stop is None else stop, grain)
 
     def _hash(
-        self, file: LocalFile, block_size: int, method: str, concurrency: int, start: int, stop: int
-    ) -> Generator[list[BlockDigest], None, None]:
+        self, file: LocalFile, block_size: int, method: str, concurrency: int, start: int, stop: int, grain: int
+    ) -> Generator[list[BlockDigest | Hole], None, None]:
         with file, self._get_hashers(concurrency) as hashers:
-            yield from hashers.hash(file, start, stop, block_size, method, concurrency)
+            yield from hashers.hash(file, start, stop, block_size, method, concurrency, grain)
+
+    def holes(self, start: int, stop: int, grain: int) -> Iterator[Extent]:
+        """See :meth:`Replica.holes`."""
+        with self._open() as file:
+            yield from file.holes(start, min(stop, file.size()), grain)
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """See :meth:`Replica.pieces`."""
@@ -252,6 +272,11 @@ class LocalReplica(Replica):
         blockwise = reading.block_size and BlockwiseHasher(reading.block_size, get_hasher(reading.method))
         with self._open(write=True) as file:
             file.write(extents, reading.chunks, reading.digest, run, blockwise or None)
+
+    def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
+        """See :meth:`Replica.clear`."""
+        with self._open(write=True) as file:
+            return file.clear(extents, run, keep)
 
     def resize(self, size: int, run: str = "") -> None:
         """See :meth:`Replica.resize`."""

@@ -149,6 +149,10 @@ class Packed(Text):
     the one before and its size, both in units. The last size is rounded up, and the last number says by how many bytes.
     """
 
+    def __init__(self, most: int = MAX_BLOCK_SIZE):
+        """:param most: How many bytes they may have together."""
+        self.most = most
+
     def read(self, name: str, text: str) -> tuple[Extent, ...]:
         """See :meth:`Text.read`."""
         try:
@@ -164,7 +168,7 @@ class Packed(Text):
             extents.append(Extent(end + distance * unit, size * unit))
             end += (distance + size) * unit
         extents[-1] = Extent(extents[-1].offset, extents[-1].size - surplus)
-        check_extents(extents)
+        check_extents(extents, self.most)
         return tuple(extents)
 
     def write(self, value: Sequence[Extent]) -> str:
@@ -205,12 +209,12 @@ def _read_numbers(data: bytes) -> list[int]:
     return numbers
 
 
-def check_extents(extents: Sequence[Extent]) -> None:
+def check_extents(extents: Sequence[Extent], most: int = MAX_BLOCK_SIZE) -> None:
     """Refuse extents that reach beyond what a file can be, or that are together too large for a request."""
     if any(extent.offset + extent.size > MAX_OFFSET for extent in extents):
         raise TooLargeError("An extent reaches beyond {maximum}", maximum=MAX_OFFSET)
-    if total_size(extents) > MAX_BLOCK_SIZE:
-        raise TooLargeError("A request may move {maximum} bytes at most", maximum=MAX_BLOCK_SIZE)
+    if total_size(extents) > most:
+        raise TooLargeError("A request may be about {maximum} bytes at most", maximum=most)
 
 
 FILE_ID = Word(r"[!-~]{1,80}", "{value} isn't the identity of a file")

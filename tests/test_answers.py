@@ -11,16 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdiffcopy.answers import (
+    MAX_HOLES,
     MAX_LINE,
     PeerInfo,
+    decode_holes,
     decode_info,
     decode_problem,
+    encode_holes,
     encode_info,
     encode_problem,
+    format_checked,
     format_hashes,
+    parse_checked,
     parse_hashes,
 )
-from pdiffcopy.blocks import MAX_OFFSET, BlockDigest, FileInfo
+from pdiffcopy.blocks import MAX_OFFSET, BlockDigest, Extent, FileInfo, Hole
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.features import FEATURES
 
@@ -45,6 +50,48 @@ def test_hash_lines_are_frozen():
     """The format is that of version 1.0.1."""
     assert format_hashes([BlockDigest(0, "aa"), BlockDigest(1048576, "0f")]) == b"0\taa\n1048576\t0f\n"
     assert list(parse_hashes([b"0\taa\r\n"])) == [(0, "aa")]
+
+
+HOLES = st.builds(Hole, st.integers(0, MAX_OFFSET), st.integers(1, MAX_OFFSET))
+LAYOUTS = st.builds(
+    lambda item, layout: item._replace(digest=f"{item.digest}.{layout:032x}"), DIGESTS, st.integers(0, 9)
+)
+
+
+@given(st.lists(DIGESTS | HOLES | LAYOUTS, max_size=8), st.lists(st.integers(0, 400), max_size=20))
+def test_lines_with_holes_survive_any_cut(items, positions):
+    """Runs of blocks and blocks with holes are told in the same stream."""
+    assert list(parse_checked(cut(format_checked(items) + b"done\n", positions))) == items
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 99)), max_size=8))
+def test_holes_survive(pairs):
+    """In their order, and it's told how far that goes."""
+    holes, end = [], 0
+    for distance, size in pairs:
+        holes.append(Extent(end + distance, size))
+        end = sum(holes[-1])
+    assert decode_holes(json.dumps(encode_holes(holes, end + 1)), 0, end + 1) == (holes, end + 1)
+
+
+def test_many_holes_are_told_in_parts():
+    """The next request begins where an answer ends."""
+    holes = (Extent(2 * number, 1) for number in itertools.count())
+    found, stop = decode_holes(json.dumps(encode_holes(holes, MAX_OFFSET)), 0, MAX_OFFSET)
+    assert (len(found), stop) == (MAX_HOLES, 2 * MAX_HOLES - 1)
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["", "[]", "{}", '{"holes": [], "stop": 0}', '{"holes": [], "stop": 11}', '{"holes": [[5, 6]], "stop": 10}',
+     '{"holes": [[5, -1]], "stop": 10}', '{"holes": [[5, 1], [5, 1]], "stop": 10}', '{"holes": [[5]], "stop": 10}',
+     '{"holes": [[1.5, 1]], "stop": 10}', '{"holes": 5, "stop": 10}', '{"holes": [[true, 1]], "stop": 10}',
+     "[" * 100_000],
+)  # fmt: skip
+def test_impossible_holes(document):
+    """Holes that overlap, lie elsewhere or lead nowhere aren't believed."""
+    with pytest.raises(ProtocolError):
+        decode_holes(document, 0, 10)
 
 
 def test_hash_lines_come_as_soon_as_they_can():

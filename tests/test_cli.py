@@ -226,7 +226,7 @@ def test_json_is_one_object(files, server):
         "block_size": BLOCK, "hash_method": "blake3", "size": size, "similarity": 0.75, "verification": "verified",
         "blocks_compared": 8, "blocks_changed": 2, "bytes_compared": size, "bytes_moved": BLOCK + 100,
         "bytes_verified": BLOCK + 100, "retries": 0, "watched": True, "claimed": True, "bytes_cut": 0,
-        "bytes_grown": 0,
+        "bytes_grown": 0, "bytes_left_alone": 0, "bytes_zeroed": 0,
     }  # fmt: skip
     assert "2 of 8 blocks differed" in result.stderr
 
@@ -461,17 +461,26 @@ def large(tmp_path):
     return tmp_path / "large", tmp_path / "target"
 
 
+@pytest.fixture(scope="session")
+def busy(tmp_path_factory):
+    """A source and a target that are equal, which takes a while to find out."""
+    names = [tmp_path_factory.mktemp("busy") / name for name in ("source", "target")]
+    for name in names:
+        with name.open("wb") as handle:
+            for _ in range(256):
+                handle.write(bytes(1024**2))
+    return names
+
+
 @pytest.mark.parametrize(
     ("number", "status", "word"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")],
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 @pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry run"])
-def test_signal_ends_a_run(large, options, number, status, word):
+def test_signal_ends_a_run(busy, options, number, status, word):
     """One line, the exit code that shells expect, no process left."""
-    for path in large:
-        os.truncate(path, 8 * 1024**3)
-    with _start("-m", "sha256", *options, *large) as process:
+    with _start("-m", "sha3_512", *options, *busy) as process:
         tasks = f"/proc/{process.pid}/task"
         family = wait_for(lambda: children_of(process.pid) or (options and len(os.listdir(tasks)) > 1), what="the work")
         process.send_signal(number)
@@ -480,13 +489,11 @@ def test_signal_ends_a_run(large, options, number, status, word):
     assert options or not any(map(is_alive, family))
 
 
-def test_terminal_that_goes_away_ends_a_run(large):
+def test_terminal_that_goes_away_ends_a_run(busy):
     """Though there's nowhere left to write that to, the exit code is that of a hangup."""
-    for path in large:
-        os.truncate(path, 8 * 1024**3)
     pid, terminal = pty.fork()
     if not pid:
-        os.execv(sys.executable, [sys.executable, "-m", "pdiffcopy", "-m", "sha256", *map(str, large)])
+        os.execv(sys.executable, [sys.executable, "-m", "pdiffcopy", "-m", "sha3_512", *map(str, busy)])
     family = wait_for(lambda: children_of(pid), what="the work")
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129

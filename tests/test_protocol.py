@@ -17,6 +17,7 @@ from pdiffcopy.protocol import (
     REQUEST_HEADER,
     REQUESTS,
     ClaimRequest,
+    ClearRequest,
     HashesRequest,
     InfoRequest,
     PiecesRequest,
@@ -69,10 +70,12 @@ WORDS = {
     "extents": st.lists(EXTENTS, max_size=MAX_EXTENTS).map(tuple),
     "packed": st.just(()) | st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1).map(lay_out),
     "block_size": st.just(4096),
+    "stop": st.integers(0, MAX_OFFSET),
     "concurrency": st.integers(1, 1024),
     "mode": st.integers(0, 0o777),
     "digest": st.just("0123456789abcdef" * 2),
-    **dict.fromkeys(["checks", "flush", "data", "create"], st.booleans()),
+    "grain": st.just(512),
+    **dict.fromkeys(["checks", "flush", "data", "create", "keep"], st.booleans()),
 }
 
 
@@ -81,6 +84,10 @@ WORDS = {
 def test_requests_survive(kind, data):
     """What one side encodes is what the other one decodes, whatever the values are, and it isn't taken for damaged."""
     values = {item.name: data.draw(WORDS[item.name], item.name) for item in fields(kind)}
+    if kind is HashesRequest:
+        values["grain"] = data.draw(st.sampled_from([0, 512, 4096])) if values["checks"] else 0
+    if kind is ClearRequest:
+        values["packed"] = values["packed"] or (Extent(0, 1),)
     if kind is ReadRequest:
         values["digest"] = data.draw(st.booleans())
     if kind is PiecesRequest:
@@ -98,7 +105,7 @@ def test_each_request_is_a_method_of_a_replica():
     """The routes and the replica have the same table, and no route is there twice."""
     assert {kind.action for kind in REQUESTS} == Replica.__abstractmethods__ - {"digest"}
     assert len({(kind.verb, kind.endpoint) for kind in REQUESTS}) == len(REQUESTS)
-    assert {kind.action for kind in REQUESTS if kind.writes} == {"write", "resize", "claim", "release", "sync"}
+    assert {kind.action for kind in REQUESTS if kind.writes} == {"write", "clear", "resize", "claim", "release", "sync"}
     assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS)
 
 

@@ -83,6 +83,15 @@ class Client(PropertyManager):
                 location.network = value
 
     @mutable_property
+    def sparse(self) -> str:
+        """
+        What becomes of holes (a string, defaults to 'auto').
+
+        'auto': the target has them where the source has them, 'always': zeros become holes, 'never': none are made.
+        """
+        return "auto"
+
+    @mutable_property
     def verify(self) -> bool:
         """Whether to check what was transferred as it lies in the target (defaults to :data:`True`)."""
         return True
@@ -171,6 +180,7 @@ class Client(PropertyManager):
             dry_run=self.dry_run,
             fsync=self.fsync,
             hash_method=self.hash_method,
+            sparse=self.sparse,
             verify=self.verify,
         )
         with Servers(self.network) as servers:

@@ -81,7 +81,6 @@ class _Response(HTTPResponse):
 
 
 class _SendsFiles:
-    response_class = _Response
     sock: socket.socket
 
     def send(self, data: Any) -> None:
@@ -92,10 +91,12 @@ class _SendsFiles:
 
 
 class _Connection(_SendsFiles, HTTPConnection):
-    pass
+    response_class = _Response
 
 
 class _SecureConnection(_SendsFiles, HTTPSConnection):
+    response_class = _Response
+
     def connect(self) -> None:
         self.ssl_context = self.ssl_context or allow_kernel_encryption(create_urllib3_context())
         super().connect()

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
+from enum import Enum
+from typing import Any
 
-from pdiffcopy.blocks import Block, BlockDigest, Extent, block_length, total_size
+from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, total_size
 from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import ProtocolError
-from pdiffcopy.words import MAX_EXTENTS
+from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
 
 BATCH_SIZE = 64 * 1024 * 1024
 """How many bytes one request moves at most: to make and to answer one takes as long as to move several MiB..."""
@@ -40,6 +41,7 @@ BATCH_BLOCKS = 65536
 
 REORDER_WINDOW = 65536
 """How many blocks a peer may be ahead of the first block that it still owes us."""
+_ZEROS = bytes(65536)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Batch:
     """The digest of the digests of the changed blocks (see :func:`.digest_blockwise`)."""
     unit: int = 0
     """The size of the pieces of which that is, in bytes (0: it is of whole blocks)."""
+    holes: tuple[Extent, ...] = ()
+    """What is to become holes..."""
+    zeros: tuple[Extent, ...] = ()
+    """... and what zeros that take room."""
 
     @property
     def size(self) -> int:
@@ -63,47 +69,139 @@ class Batch:
         return total_size(self.extents)
 
 
-def in_order(digests: Iterable[BlockDigest], start: int, stop: int, block_size: int) -> Iterator[str]:
+Item = BlockDigest | Hole
+"""What is known of a block, or of several."""
+
+
+def in_order(digests: Iterable[Item], start: int, stop: int, block_size: int) -> Iterator[Item]:
     """
     Put a stream of digests in order, and distrust it.
 
     :param digests: The blocks from `start` on, in any order.
     :param start: The offset of the first block (in bytes).
     :param stop: Where the last block ends.
-    :returns: A generator of the digests, from the first block to the last one.
+    :returns: A generator of the same, from the first block to the last one.
     :raises: :exc:`.ProtocolError` when a block is missing, comes twice, lies elsewhere or far ahead, or when the
              digests differ in length.
     """
     expected, length = start, 0
-    early: dict[int, str] = {}
-    for offset, digest in digests:
-        length = length or len(digest)
-        if offset % block_size or not expected <= offset < stop or offset in early or len(digest) != length:
+    early: dict[int, Item] = {}
+    for item in digests:
+        offset = item.offset
+        is_possible = not offset % block_size and expected <= offset < stop and offset not in early
+        if isinstance(item, Hole):  # only those tell holes that keep to the order
+            is_possible &= offset == expected and (
+                sum(item) == stop or (sum(item) < stop and not item.size % block_size)
+            )
+        else:
+            digest, _, _ = item.digest.partition(".")
+            length = length or len(digest)
+            is_possible &= len(digest) == length
+        if not is_possible:
             raise ProtocolError("The hashes contain an impossible line for offset {offset}", offset=offset)
         if (offset - expected) // block_size > REORDER_WINDOW:
             raise ProtocolError("The hashes jump ahead to offset {offset}", offset=offset)
-        early[offset] = digest
+        early[offset] = item
         while expected in early:
-            yield early.pop(expected)
-            expected += block_size
+            item = early.pop(expected)
+            yield item
+            expected = sum(item) if isinstance(item, Hole) else expected + block_size
         if expected >= stop:
             return
     if expected < stop:
         raise ProtocolError("The hashes end before offset {offset}", offset=expected)
 
 
-def compare(source: Iterable[str], target: Iterable[str], size: int, block_size: int) -> Iterator[Block]:
-    """
-    Compare the digests of two files.
+class Sparse(Enum):
+    """What becomes of the holes of the source, and of its zeros."""
 
-    :param source: The digests of the blocks of the source, in order.
-    :param target: The digests of the blocks of the target, in order. They may end earlier or later.
-    :param size: The size of the source (in bytes).
-    :returns: A generator of all blocks of the source.
-    """
-    for index, (left, right) in enumerate(zip(source, chain(target, repeat("")), strict=False)):
-        offset = index * block_size
-        yield Block(offset, block_length(offset, size, block_size), left != right, left)
+    IGNORED = ""
+    """Nobody looks for holes."""
+    AUTO = "auto"
+    """The target has holes where the source has them, and nowhere else."""
+    ALWAYS = "always"
+    """Zeros become holes."""
+    NEVER = "never"
+    """No holes are made."""
+
+
+class Comparison:
+    """Decides what becomes of the blocks of two files."""
+
+    def __init__(self, size: int, block_size: int, sparse: Sparse, new_hasher: Callable[[], Any]):
+        """
+        Initialize a comparison.
+
+        :param size: The size of the source (in bytes).
+        :param sparse: What becomes of holes.
+        :param new_hasher: Makes hash objects like those that the digests stem from.
+        """
+        self.size, self.block_size, self.sparse, self.new_hasher = size, block_size, sparse, new_hasher
+        self._zeros: dict[int, str] = {}
+        # A hole of any size takes no time, and zeros do.
+        whole = max(BATCH_SIZE // block_size, 1) * block_size
+        self.most = whole if sparse is Sparse.NEVER else size
+
+    def compare(self, source: Iterable[Item], target: Iterable[Item]) -> Iterator[Block]:
+        """
+        Compare the digests of two files.
+
+        :param source: What is known of the source, in order.
+        :param target: The same of the target. It may end earlier or later.
+        :returns: A generator of all blocks of the source, some of them in runs.
+        """
+        position, theirs, their_end = 0, iter(target), 0
+        right: Item | None = None
+        for left in source:
+            end = self._get_end(left)
+            while position < end:
+                if position >= their_end:
+                    right = next(theirs, None)
+                    their_end = self._get_end(right) if right else self.size
+                step = min(end, their_end, position + self.most) - position
+                yield self._judge(left, right, position, step)
+                position += step
+
+    def _get_end(self, item: Item) -> int:
+        """Where the blocks of the source end that an item stands for: those of the target may be shorter."""
+        size = -(-item.size // self.block_size) * self.block_size if isinstance(item, Hole) else self.block_size
+        return min(item.offset + size, self.size)
+
+    def _judge(self, left: Item, right: Item | None, offset: int, size: int) -> Block:
+        is_hole = isinstance(left, Hole)
+        digest, layout = ("", "") if isinstance(left, Hole) else _split(left)
+        if self.sparse is Sparse.IGNORED:
+            return Block(offset, size, left != right, digest)
+        is_auto, fill = self.sparse is Sparse.AUTO, ""
+        if is_hole or (digest == self._get_zeros(size) and not (is_auto and layout)):
+            makes_hole = is_hole if is_auto else self.sparse is Sparse.ALWAYS
+            fill = HOLES if makes_hole else ZEROS
+        if right is None:
+            changed = True
+        elif isinstance(right, Hole):
+            changed = fill != HOLES
+        else:
+            their_digest, their_layout = _split(right)
+            is_alike = their_digest == (self._get_zeros(size) if fill else digest)
+            keeps_layout = not is_auto or layout == their_layout
+            changed = fill == HOLES or not (is_alike and keeps_layout)
+        return Block(offset, size, changed, digest, fill, -(-size // self.block_size))
+
+    def _get_zeros(self, size: int) -> str:
+        """The digest of a block of zeros."""
+        size = min(size, self.block_size)
+        if size not in self._zeros:
+            hasher = self.new_hasher()
+            for start in range(0, size, len(_ZEROS)):
+                hasher.update(_ZEROS[: size - start])
+            self._zeros[size] = hasher.hexdigest()
+        return self._zeros[size]
+
+
+def _split(item: BlockDigest) -> tuple[str, str]:
+    """A digest, and the digest of the layout that may follow it."""
+    digest, _, layout = item.digest.partition(".")
+    return digest, layout
 
 
 def make_batches(
@@ -146,9 +244,10 @@ class _Accumulator:
 
     def clear(self) -> None:
         self.extents: list[Extent] = []
+        self.fills: dict[str, list[Extent]] = {HOLES: [], ZEROS: []}
         self.digests: list[BlockDigest] = []
         self.changed: list[str] = []
-        self.size = self.blocks_compared = self.bytes_compared = 0
+        self.size = self.blocks_compared = self.blocks_changed = self.bytes_compared = 0
         self.next_look = self.window
 
     def close(self) -> Batch:
@@ -156,9 +255,11 @@ class _Accumulator:
             tuple(self.extents),
             tuple(self.digests),
             self.blocks_compared,
-            len(self.changed),
+            self.blocks_changed,
             self.bytes_compared,
             digest_blockwise(self.changed),
+            holes=tuple(self.fills[HOLES]),
+            zeros=tuple(self.fills[ZEROS]),
         )
         self.window = min(self.window + self.window // 4, COMPARE_WINDOW)
         self.clear()
@@ -170,26 +271,30 @@ class _Accumulator:
         self.next_look = min(self.bytes_compared + LOOK_WINDOW, COMPARE_WINDOW)
         return self.bytes_compared >= COMPARE_WINDOW or is_awaited()
 
-    def continues(self, block: Block) -> bool:
-        return bool(self.extents) and sum(self.extents[-1]) == block.offset
-
     def has_room(self, block: Block) -> bool:
-        if not self.extents:
+        room = self.fills[block.fill] if block.fill else self.extents
+        if not room:
             return True
         if self.size + block.size > self.max_size or len(self.changed) == BATCH_BLOCKS:
-            return False
-        return len(self.extents) < self.max_extents or self.continues(block)
+            return block.fill == HOLES and len(room) < MAX_PACKED
+        most = MAX_PACKED if block.fill else self.max_extents
+        return len(room) < most or sum(room[-1]) == block.offset
 
     def add(self, block: Block) -> None:
-        self.blocks_compared += 1
+        self.blocks_compared += block.blocks
         self.bytes_compared += block.size
         if not block.changed:
             return
-        self.changed.append(block.digest)
-        self.size += block.size
-        if self.continues(block):
-            self.extents[-1] = Extent(self.extents[-1].offset, self.extents[-1].size + block.size)
+        self.blocks_changed += block.blocks
+        room = self.fills[block.fill] if block.fill else self.extents
+        if room and sum(room[-1]) == block.offset:
+            room[-1] = Extent(room[-1].offset, room[-1].size + block.size)
         else:
-            self.extents.append(Extent(block.offset, block.size))
+            room.append(Extent(block.offset, block.size))
+        if block.fill != HOLES:  # to make one takes no time, however large it is
+            self.size += block.size
+        if block.fill:
+            return
+        self.changed.append(block.digest)
         if self.keep_digests:
             self.digests.append(BlockDigest(block.offset, block.digest))

@@ -249,7 +249,8 @@ class HttpAnswer:
     def _receive(self, original: HTTPResponse, size: int) -> Iterator[Chunk]:
         """Take what was read together with the header, then receive the rest without a detour."""
         ahead = original.fp.read(len(original.fp.peek(1)[:size]))
-        sock = original.fp.raw._sock
+        raw: Any = original.fp.raw
+        sock = raw._sock
         if isinstance(sock, ssl.SSLSocket):
             yield from decrypt(sock, ahead, size)
         else:

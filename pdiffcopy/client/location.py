@@ -9,7 +9,7 @@ from property_manager import PropertyManager, cached_property, mutable_property
 
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY
 from pdiffcopy.address import Address, parse_location
-from pdiffcopy.blocks import Extent
+from pdiffcopy.blocks import BlockDigest, Extent
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.exceptions import FileMissingError, UsageError, printable
@@ -121,7 +121,7 @@ class Location(PropertyManager):
             options.get("concurrency", DEFAULT_CONCURRENCY),
             stop=size,
         )
-        return (block for stripe in stripes for block in stripe)
+        return (block for stripe in stripes for block in stripe if isinstance(block, BlockDigest))
 
     def get_url(self, endpoint: str, **params: Any) -> str:
         """

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pdiffcopy.blocks import Extent, total_size
+from pdiffcopy.blocks import Extent, cut, total_size
 from pdiffcopy.client.delta import Batch
 from pdiffcopy.client.plan import Plan
 from pdiffcopy.digests import digest_blockwise
@@ -85,7 +85,7 @@ def look_closely(plan: Plan, batch: Batch, source: Replica, target: Replica, jud
     :returns: What is to be moved in place of the batch (possibly itself).
     """
     unit = _choose_unit(plan, batch)
-    blocks = list(_cut(batch.extents, plan.block_size))
+    blocks = list(cut(batch.extents, plan.block_size))
     count = judge.choose(len(blocks)) if unit else 0
     if not count:
         return [batch]
@@ -105,12 +105,6 @@ def _choose_unit(plan: Plan, batch: Batch) -> int:
     return unit if unit and plan.block_size % unit == 0 else 0
 
 
-def _cut(extents: Sequence[Extent], size: int) -> Iterator[Extent]:
-    for start, length in extents:
-        for offset in range(start, start + length, size):
-            yield Extent(offset, min(size, start + length - offset))
-
-
 def _look(
     plan: Plan, extents: Sequence[Extent], unit: int, source: Replica, target: Replica, judge: Judge
 ) -> list[tuple[Extent, str]]:
@@ -120,7 +114,7 @@ def _look(
         future = executor.submit(target.pieces, extents, unit, plan.method)
         ours = source.pieces(extents, unit, plan.method)
         theirs = future.result()
-    pieces = zip(_cut(extents, unit), ours, theirs, strict=True)
+    pieces = zip(cut(extents, unit), ours, theirs, strict=True)
     differing = [(piece, left) for piece, left, right in pieces if left != right]
     size = total_size([piece for piece, _ in differing])
     judge.note_look(total_size(extents), size, time.monotonic() - started)

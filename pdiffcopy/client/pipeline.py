@@ -24,14 +24,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 
-from pdiffcopy.blocks import Block, block_length, halve
-from pdiffcopy.client.delta import Batch, compare, make_batches
+from pdiffcopy.blocks import (
+    Block,
+    BlockDigest,
+    Extent,
+    Hole,
+    block_length,
+    cut,
+    halve,
+    intersect,
+    subtract,
+    total_size,
+)
+from pdiffcopy.client.delta import BATCH_SIZE, Batch, Comparison, Item, Sparse, make_batches
 from pdiffcopy.client.pieces import Judge, look_closely
 from pdiffcopy.client.plan import Plan, Result, Verification
 from pdiffcopy.client.progress import Reporter, Tally
@@ -42,6 +53,7 @@ from pdiffcopy.exceptions import DigestMismatchError, SourceChangedError, Transi
 from pdiffcopy.files.stored import counted
 from pdiffcopy.hashing import get_hasher
 from pdiffcopy.replica import Reading, Replica
+from pdiffcopy.words import MAX_PACKED
 
 SMALLEST_BATCH = 1024 * 1024
 """How many bytes are transferred as a whole, however often that fails."""
@@ -67,25 +79,42 @@ def open_target(plan: Plan, replicas: Replicas) -> Replica:
 
 
 def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
-    """Compare source and target: a generator of all blocks of the source."""
-    if not plan.needs_hashes:
-        for offset in range(0, plan.size, plan.block_size):
-            yield Block(offset, block_length(offset, plan.size, plan.block_size), True, "")
-        return
+    """Compare source and target: a generator of all blocks of the source, some of them in runs."""
+    comparison = Comparison(plan.size, plan.block_size, plan.sparse, get_hasher(plan.method))
     replica = open_target(plan, replicas)
-    source = _digests(plan, open_source(plan, replicas), 0, plan.size)
-    target = _digests(plan, replica, 0, plan.target_size if plan.delta else 0)
+    if plan.needs_hashes:
+        source = _digests(plan, open_source(plan, replicas), 0, plan.size)
+    else:
+        source = _find_runs(plan, open_source(plan, replicas))
+    target = _digests(plan, replica, 0, plan.target_size) if plan.delta else _invent_target(plan)
     with closing(source), closing(target):
         # The threads that hash a target nearby begin now, and not when the server of the source has answered.
         first = list(islice(target, int(replica.is_near)))
-        yield from compare(source, chain(first, target), plan.size, plan.block_size)
+        yield from comparison.compare(source, chain(first, target))
 
 
-def _digests(plan: Plan, replica: Replica, start: int, stop: int) -> Generator[str, None, None]:
+def _digests(plan: Plan, replica: Replica, start: int, stop: int) -> Generator[Item, None, None]:
     if start < stop:  # there may be no file yet
-        for stripe in replica.hashes(plan.block_size, plan.method, plan.concurrency, start, stop):
-            for _, digest in stripe:
-                yield digest
+        for stripe in replica.hashes(plan.block_size, plan.method, plan.concurrency, start, stop, plan.grain):
+            yield from stripe
+
+
+def _find_runs(plan: Plan, source: Replica) -> Generator[Item, None, None]:
+    """Tell holes of a source that isn't hashed, and its other blocks without a digest."""
+    holes = source.holes(0, plan.size, plan.block_size) if plan.has_holes else iter(())
+    position = 0
+    for hole in chain(holes, [Extent(plan.size, 0)]):
+        for offset in range(position, hole.offset, plan.block_size):
+            yield BlockDigest(offset, "")
+        if hole.size:
+            yield Hole(*hole)
+        position = sum(hole)
+
+
+def _invent_target(plan: Plan) -> Generator[Item, None, None]:
+    """What is known of a target that isn't hashed: a new one is one hole."""
+    if plan.is_new and plan.sparse is not Sparse.IGNORED:
+        yield Hole(0, plan.size)
 
 
 def generate_batches(plan: Plan, replicas: Replicas, is_awaited: Callable[[], bool]) -> Iterator[Batch]:
@@ -113,7 +142,10 @@ def transfer_batch(
     :raises: :exc:`.VerificationError` when the target keeps differing from what the source sends.
     """
     source, target, patience = open_source(plan, replicas), open_target(plan, replicas), Patience(retries)
+    zeroed = patience.persist(partial(_fill, plan, batch.holes, batch.zeros, target))
     parts = look_closely(plan, batch, source, target, judge) if batch.extents else []
+    if plan.has_holes and plan.sparse is not Sparse.NEVER:
+        parts = [kept for part in parts for kept in _keep_holes(plan, part, source, target)]
     size = sum(part.size for part in parts)
     tally = Tally(size, batch.bytes_compared, reporter)
     started = time.monotonic()
@@ -124,8 +156,31 @@ def transfer_batch(
         Result.of_comparison(batch),
         bytes_moved=size,
         bytes_verified=size if plan.verification is not Verification.NONE else 0,
+        bytes_zeroed=zeroed,
         retries=patience.total + mismatches,
     )
+
+
+def _fill(plan: Plan, holes: Sequence[Extent], zeros: Sequence[Extent], target: Replica) -> int:
+    """Make holes and zeros, and tell how many bytes they have."""
+    is_done = not holes or target.clear(holes, plan.run)
+    # Where the file system has no holes, they become zeros.
+    for part in cut(zeros if is_done else (*zeros, *holes), BATCH_SIZE):
+        target.clear([part], plan.run, keep=True)
+    return total_size((*holes, *zeros))
+
+
+def _keep_holes(plan: Plan, batch: Batch, source: Replica, target: Replica) -> Iterator[Batch]:
+    """Leave out of a batch what lies in holes of the source that are smaller than a block, and make those holes."""
+    start, stop = batch.extents[0].offset, sum(batch.extents[-1])
+    holes = [part for hole in source.holes(start, stop, plan.grain) for part in intersect(hole, batch.extents)]
+    if not holes:
+        yield batch
+        return
+    _fill(plan, holes, (), target)
+    data = list(subtract(batch.extents, holes))
+    for first in range(0, len(data), MAX_PACKED):
+        yield Batch(tuple(data[first : first + MAX_PACKED]))
 
 
 class _Transfer:
@@ -139,7 +194,9 @@ class _Transfer:
     def __init__(self, plan: Plan, batch: Batch, source: Replica, target: Replica, patience: Patience, tally: Tally):
         self.plan, self.batch, self.patience, self.tally = plan, batch, patience, tally
         self.source, self.target = source, target
-        self.verification = plan.verification
+        # Where holes were left out, the digests that were compared don't tell of the rest.
+        is_known = batch.digest or plan.verification is not Verification.BLOCKWISE
+        self.verification = plan.verification if is_known else Verification.STATED
         self.mismatches = 0
 
     def run(self) -> int:
@@ -227,8 +284,9 @@ class _Transfer:
             return
         start, stop = self.batch.extents[0].offset, sum(self.batch.extents[-1])
         remaining = list(reversed(self.batch.extents))
-        with closing(_digests(self.plan, self.source, start, stop)) as digests:
-            for offset, digest in zip(range(start, stop, self.plan.block_size), digests, strict=False):
+        plan = replace(self.plan, grain=0)
+        with closing(_digests(plan, self.source, start, stop)) as items:
+            for offset, digest in (item for item in items if isinstance(item, BlockDigest)):
                 if offset >= sum(remaining[-1]):
                     remaining.pop()
                 if offset >= remaining[-1].offset:

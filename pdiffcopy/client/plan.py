@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pdiffcopy.address import Address
-from pdiffcopy.client.delta import Batch
+from pdiffcopy.client.delta import Batch, Sparse
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.hashing import find_method
 from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
 
 AUTO, FAST, COMMON = "auto", "blake3", "sha1"
 """The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
+
+SPARSE_CHOICES = tuple(choice.value for choice in Sparse if choice is not Sparse.IGNORED)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Options:
     fsync: bool
     hash_method: str
     verify: bool
+    sparse: str
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
@@ -33,6 +36,9 @@ class Options:
             raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
         if not 0 < self.concurrency <= MAX_CONCURRENCY:
             raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
+        if self.sparse not in SPARSE_CHOICES:
+            choices = ", ".join(SPARSE_CHOICES)
+            raise UsageError("--sparse takes {choices}, not {value}", choices=choices, value=repr(self.sparse))
         if self.hash_method != AUTO:
             object.__setattr__(self, "hash_method", find_method(self.hash_method))
 
@@ -69,6 +75,13 @@ class Plan:
     piece_size: int = 0
     """In how large pieces changed blocks are compared once more, in bytes (0: they aren't)."""
     max_extents: int = MAX_EXTENTS
+    sparse: Sparse = Sparse.IGNORED
+    grain: int = 0
+    """The size of the smallest hole that matters, in bytes."""
+    has_holes: bool = False
+    """Whether the source has some."""
+    is_new: bool = False
+    """Whether the target is new, so that it's one hole."""
     run: str = ""
     """The name under which the target is claimed (empty when it can't be)."""
     source_id: str = ""
@@ -92,6 +105,8 @@ class Result:
     bytes_moved: int = 0
     bytes_verified: int = 0
     retries: int = 0
+    bytes_zeroed: int = 0
+    """What became holes or zeros without being moved."""
 
     @classmethod
     def of_comparison(cls, batch: Batch) -> Result:

@@ -12,21 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pdiffcopy.address import Address
 from pdiffcopy.answers import (
     CLAIMED,
+    CLEARED,
     DONE,
     VERIFIED,
     PeerInfo,
     decode_flag,
+    decode_holes,
     decode_info,
     decode_report,
     parse_checked,
     parse_hashes,
 )
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, count_blocks, total_size
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, count_blocks, total_size
 from pdiffcopy.client.delta import in_order
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.exceptions import (
@@ -41,7 +44,9 @@ from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.protocol import (
     ClaimRequest,
+    ClearRequest,
     HashesRequest,
+    HolesRequest,
     InfoRequest,
     PiecesRequest,
     ReadRequest,
@@ -52,7 +57,11 @@ from pdiffcopy.protocol import (
     WriteRequest,
 )
 from pdiffcopy.replica import Reading, Replica
-from pdiffcopy.words import MAX_EXTENTS
+from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
+
+HOLES_WINDOW = 64 * 1024**3
+"""In how large a part of a file a server is asked for holes at a time, in bytes: to look there takes some seconds at
+most, and a hole that is larger is told in parts."""
 
 
 class Answer(Protocol):
@@ -153,8 +162,8 @@ class RemoteReplica(Replica):
         return (self.server.peer or self.info()[1]).features
 
     def hashes(
-        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None
-    ) -> Generator[list[BlockDigest], None, None]:
+        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0
+    ) -> Generator[list[BlockDigest | Hole], None, None]:
         """See :meth:`.Replica.hashes`."""
         end = self._get_size() if stop is None else stop
         patience, position = self.server.get_patience(), start
@@ -162,16 +171,18 @@ class RemoteReplica(Replica):
             filename=self.filename, file_id=self.file_id, block_size=block_size, method=method,
             concurrency=concurrency, flush=self.flush,
         )  # fmt: skip
+        if grain:
+            request = replace(request, grain=grain, checks=True)
         while position < end:
             try:
-                for digest in in_order(self._hash_lines(request, position, end), position, end, block_size):
-                    yield [BlockDigest(position, digest)]
-                    position += block_size
+                for item in in_order(self._hash_lines(request, position, end), position, end, block_size):
+                    yield [item]
+                    position = sum(item) if isinstance(item, Hole) else position + block_size
                     patience.succeeded()
             except TransientError as e:
                 patience.failed(e)
 
-    def _hash_lines(self, request: HashesRequest, start: int, stop: int) -> Iterator[BlockDigest]:
+    def _hash_lines(self, request: HashesRequest, start: int, stop: int) -> Iterator[BlockDigest | Hole]:
         resumes = FEATURE_RESUME in self._features
         # An old server can only begin at the beginning, and a file may be longer than what we compare.
         most = count_blocks(stop if resumes else max(stop, self._get_size()), request.block_size)
@@ -182,10 +193,21 @@ class RemoteReplica(Replica):
             for count, line in enumerate(parse(answer.read_lines())):
                 if line.offset >= stop and resumes:
                     return
+                if isinstance(line, Hole) and not request.grain:
+                    raise ProtocolError("{url}: the server sent a hole without being asked", url=self.label)
                 if count >= most:
                     raise ProtocolError("{url}: the server sent more hashes than the file has blocks", url=self.label)
                 if start <= line.offset < stop:
-                    yield line
+                    is_too_long = isinstance(line, Hole) and sum(line) > stop  # the file is, too
+                    yield Hole(line.offset, stop - line.offset) if is_too_long else line
+
+    def holes(self, start: int, stop: int, grain: int) -> Iterator[Extent]:
+        """See :meth:`.Replica.holes`."""
+        while start < stop:
+            end = min(stop, start + HOLES_WINDOW)
+            request = HolesRequest(filename=self.filename, file_id=self.file_id, offset=start, stop=end, grain=grain)
+            holes, start = decode_holes(self._ask(request), start, end)
+            yield from holes
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """See :meth:`.Replica.pieces`."""
@@ -244,6 +266,15 @@ class RemoteReplica(Replica):
             document = answer.read_document()
         if reading.digest and not decode_flag(document, VERIFIED):
             raise ProtocolError("{url}: the server didn't verify what it wrote", url=self.label)
+
+    def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
+        """See :meth:`.Replica.clear`."""
+        for start in range(0, len(extents), MAX_PACKED):
+            part = tuple(extents[start : start + MAX_PACKED])
+            request = ClearRequest(filename=self.filename, file_id=self.file_id, packed=part, keep=keep, run=run)
+            if not decode_flag(self._ask(request), CLEARED):
+                return False
+        return True
 
     def resize(self, size: int, run: str = "") -> None:
         """See :meth:`.Replica.resize`."""

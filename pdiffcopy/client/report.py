@@ -28,6 +28,8 @@ class Report:
     """How many bytes the target was (or would be) cut by."""
     grown: int = 0
     """How many bytes the target grew (or would grow) by."""
+    left_alone: int = 0
+    """How many bytes a device has behind the end of the source."""
     claimed: bool = True
     """Whether the target was claimed, so that no other run can have mixed its data with that of this one."""
 
@@ -53,6 +55,9 @@ class Report:
             sentences.append("NOT VERIFIED: the server is too old to check what it wrote.")
         if not self.watched:
             sentences.append("NOT WATCHED: the source tells no time, so it may have changed unnoticed.")
+        if self.left_alone:
+            size = format_size(self.left_alone, binary=True)
+            sentences.append(f"The target is larger than the source: {size} at its end were left alone.")
         if not (self.claimed or self.dry_run):
             sentences.append("NOT CLAIMED: the target can't be, so another run at the same time would go unnoticed.")
         return sentences
@@ -71,6 +76,7 @@ class Report:
             "verification": self.verification,
             "bytes_cut": self.cut,
             "bytes_grown": self.grown,
+            "bytes_left_alone": self.left_alone,
             "watched": self.watched,
             "claimed": self.claimed,
             "elapsed": self.elapsed,
@@ -90,6 +96,8 @@ class Report:
             text += f" ({_format_similarity(result)} similar by {self.plan.method})"
         if not self.dry_run:
             text += f", moved {format_size(result.bytes_moved, binary=True)}"
+        if result.bytes_zeroed:
+            text += f", made zeros of {format_size(result.bytes_zeroed, binary=True)}"
         would_be = "would be " if self.dry_run else ""
         for size, verb in ((self.cut, "cut off"), (self.grown, "added")):
             if size:

@@ -16,53 +16,36 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from hashlib import algorithms_guaranteed
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from pdiffcopy import digests
 from pdiffcopy.address import Address
-from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import Block, FileInfo, block_length
 from pdiffcopy.client.delta import Batch, make_batches
-from pdiffcopy.client.pieces import PIECE_SIZE, Judge
+from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import find_blocks, generate_batches, open_target, transfer_batch
-from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Result, Verification
+from pdiffcopy.client.plan import Options, Plan, Result
+from pdiffcopy.client.planning import Planner, Side
 from pdiffcopy.client.progress import Reporter, make_reporter
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Replicas, Servers
 from pdiffcopy.exceptions import (
     FileError,
     FileMissingError,
-    ForbiddenError,
     ProgramError,
     SourceChangedError,
     UsageError,
 )
-from pdiffcopy.features import FEATURE_BLOCKWISE, FEATURE_DIGEST, FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_SYNC
 from pdiffcopy.mp import WorkerPool, make_queue
 from pdiffcopy.replica import Replica
-from pdiffcopy.words import MAX_EXTENTS
-
-CHEAP = frozenset([digests.METHOD, FAST])
-"""By which methods the target is digested sooner than the source is read once more."""
 
 logger = logging.getLogger(__name__)
 
 
 Finder = Callable[[Plan, Replicas, Callable[[], bool]], Iterable[Batch]]
 """Finds out what there is to transfer, like :func:`.generate_batches`. It has to be picklable."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is known about one side at the first look."""
-
-    replica: Replica
-    info: FileInfo
-    peer: PeerInfo
 
 
 class Run:
@@ -95,7 +78,7 @@ class Run:
         self._look(writes=not self.options.dry_run)
         with self._watching_source():
             if self.options.dry_run:
-                plan = self._make_plan(self.target.info.file_id, self._get_common_size())
+                plan = self._make_plan(self.target.info, self._get_common_size())
                 before, result, claimed = self.target.info, self._scan(plan), False
             else:
                 before, plan, result, claimed = self._update()
@@ -110,14 +93,20 @@ class Run:
             claimed=claimed,
             cut=max(0, before.size - source.size) if before.resizable else 0,
             grown=max(0, source.size - before.size) if before.exists else 0,
+            left_alone=0 if before.resizable else before.size - source.size,
         )
 
     def compare(self) -> list[int]:
         """Find the offsets of the blocks that differ. Nothing is written, whatever the options say."""
         self._look(writes=False)
-        plan = self._make_plan(self.target.info.file_id, self._get_common_size())
+        plan = self._make_plan(self.target.info, self._get_common_size())
         with self._watching_source():
-            return [block.offset for block in find_blocks(plan, self.servers) if block.changed]
+            return [
+                offset
+                for block in find_blocks(plan, self.servers)
+                if block.changed
+                for offset in range(block.offset, block.offset + block.size, plan.block_size)
+            ]
 
     # Before anything is touched {{{1
 
@@ -129,25 +118,10 @@ class Run:
             raise FileMissingError("The source {label} doesn't exist", label=source.replica.label)
         if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":
             raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)
-        self.method = self._choose_method()
-        if writes and not target.peer.writable:
-            raise ForbiddenError("The server of {label} is read-only", label=target.replica.label)
-        if writes and self.options.fsync and FEATURE_SYNC not in target.peer.features:
-            raise UsageError("The server of {label} is too old for --fsync", label=target.replica.label)
+        self.planner = Planner(source, target, self.options, self.is_given)
+        self.planner.check(writes)
         # From then on each change of the source shows in its time. It comes before anything of it is read.
         time.sleep(source.info.settles_ms / 1000)
-
-    def _choose_method(self) -> str:
-        """Find the hash method, and refuse one that a side doesn't have."""
-        # An old server doesn't tell its methods: it surely has those that come with every Python.
-        known = [(side, side.peer.methods or algorithms_guaranteed) for side in (self.source, self.target)]
-        if self.options.hash_method == AUTO:
-            return FAST if all(FAST in methods for _, methods in known) else COMMON
-        for side, methods in known:
-            if self.options.hash_method not in methods:
-                text = "The server of {label} has no hash method {method}"
-                raise UsageError(text, label=side.replica.label, method=self.options.hash_method)
-        return self.options.hash_method
 
     def _inspect(self) -> list[Side]:
         """Ask both sides for size and identity, at the same time where that saves a round trip."""
@@ -157,48 +131,12 @@ class Run:
         with ThreadPoolExecutor(2) as executor:
             return list(executor.map(_look_at, replicas))
 
-    @property
-    def _delta(self) -> bool:
-        return self.options.delta_transfer and self.target.info.size > 0
-
     def _get_common_size(self) -> int:
         return min(self.source.info.size, self.target.info.size)
 
-    def _make_plan(self, target_id: str, target_size: int, run: str = "") -> Plan:
-        source, options = self.source.info, self.options
-        many_extents = FEATURE_EXTENTS in self.source.peer.features & self.target.peer.features
-        return Plan(
-            source=self.source_address,
-            target=self.target_address,
-            source_id=source.file_id,
-            target_id=target_id,
-            size=source.size,
-            target_size=target_size,
-            block_size=options.block_size,
-            method=self.method,
-            concurrency=options.concurrency,
-            delta=self._delta,
-            verification=self._choose_verification(),
-            piece_size=self._choose_piece_size(),
-            max_extents=MAX_EXTENTS if many_extents else 1,
-            run=run,
-        )
-
-    def _choose_piece_size(self) -> int:
-        both = self.source.peer.features & self.target.peer.features
-        is_possible = FEATURE_PIECES in both and self.options.block_size % PIECE_SIZE == 0
-        return PIECE_SIZE if is_possible and self._delta and not self.is_given else 0
-
-    def _choose_verification(self) -> Verification:
-        source, target = self.source.peer.features, self.target.peer.features
-        if not self.options.verify or FEATURE_DIGEST not in target:
-            return Verification.NONE
-        if FEATURE_DIGEST not in source:
-            # Where the blocks are given, there are no hashes of them.
-            return Verification.NONE if self.is_given else Verification.BY_HASHES
-        # A run that compares by such a method has all that it takes.
-        free = self._delta and not self.is_given and self.method in CHEAP
-        return Verification.BLOCKWISE if free and FEATURE_BLOCKWISE in target else Verification.STATED
+    def _make_plan(self, target: FileInfo, target_size: int, run: str = "") -> Plan:
+        addresses = self.source_address, self.target_address
+        return self.planner.make_plan(addresses, target, target_size, run)
 
     # Doing it {{{1
 
@@ -223,7 +161,7 @@ class Run:
             # one may have resized the target until now.
             claimed, target = self.target.replica.pinned(before.file_id).claim(run, not before.exists, source.mode)
             # A target that is shorter is going to be grown before it is compared.
-            plan = self._make_plan(target.file_id, source.size, run if claimed else "")
+            plan = self._make_plan(target, source.size, run if claimed else "")
             replica = open_target(plan, self.servers)
             if target.size < source.size or not target.exists:
                 replica.resize(source.size, plan.run)
@@ -260,7 +198,7 @@ class Run:
             yield pool, sender.send
 
     def _make_reporter(self) -> Reporter:
-        return make_reporter(self.source.info.size, "Comparing" if self._delta else "Copying")
+        return make_reporter(self.source.info.size, "Comparing" if self.planner.delta else "Copying")
 
     # Looking again {{{1
 

@@ -42,11 +42,14 @@ PSEUDO = frozenset(
 
 _WRITE_AND_WAIT = 0x1 | 0x2 | 0x4
 """``SYNC_FILE_RANGE_WAIT_BEFORE | _WRITE | _WAIT_AFTER`` (linux/fs.h)."""
+_PUNCH_HOLE = 0x1 | 0x2
+"""``FALLOC_FL_KEEP_SIZE | _PUNCH_HOLE`` (linux/falloc.h)."""
 _WINDOW = 1024**3
 """How much of a file is mapped at a time, in bytes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
@@ -66,6 +69,11 @@ def write_back(fd: int, offset: int, size: int) -> None:
     # An overlay has no pages of its own, and doesn't pass the call on. A sandbox may not know it.
     if get_file_system(fd) == OVERLAY or not _write_range(fd, offset, size):
         os.fdatasync(fd)
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """Let a part of a file become a hole, and leave the size of the file as it is (fallocate(2))."""
+    _check(_libc.fallocate(fd, _PUNCH_HOLE, offset, size))
 
 
 def count_cached_pages(fd: int, size: int) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo
+from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, cut
 from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     AbsentError,
@@ -30,11 +30,14 @@ from pdiffcopy.exceptions import (
 from pdiffcopy.files import kernel
 from pdiffcopy.files.buffers import CHUNK_SIZE, borrow_buffer
 from pdiffcopy.files.claims import Claims
+from pdiffcopy.files.holes import find_holes, get_grain, make_hole
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
 from pdiffcopy.files.sockets import wait_for_room
 from pdiffcopy.files.splice import Chunk, Piped, spread
+
+_ZEROS = bytes(CHUNK_SIZE)
 
 
 class LocalFile:
@@ -126,7 +129,14 @@ class LocalFile:
         times = status.st_mtime_ns, status.st_ctime_ns
         settles_ms = -(-get_settling_time(*times, time.time_ns()) // 1_000_000)
         return FileInfo(
-            True, status.st_size, *times, identify(status), mode=status.st_mode & MAX_MODE, settles_ms=settles_ms
+            True,
+            status.st_size,
+            *times,
+            identify(status),
+            mode=status.st_mode & MAX_MODE,
+            grain=get_grain(self.fd),
+            has_holes=any(find_holes(self.fd, 0, status.st_size)),
+            settles_ms=settles_ms,
         )
 
     def size(self) -> int:
@@ -137,6 +147,12 @@ class LocalFile:
     def clip(self, extent: Extent) -> Extent:
         """The part of an extent that lies within the file."""
         return Extent(extent.offset, max(0, min(extent.size, self.size() - extent.offset)))
+
+    def holes(self, start: int, stop: int, grain: int = 1) -> Iterator[Extent]:
+        """Find the holes in a part of the file, see :func:`.find_holes`."""
+        with translating("find the holes of", self.filename):
+            if not self.is_device:
+                yield from find_holes(self.fd, start, stop, grain)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
@@ -247,10 +263,8 @@ class LocalFile:
         for offset, piece in spread(extents, chunks):
             # Not around all of it: a sender that stalls must not keep another run from claiming the file.
             with self.claims.writing(run):
-                if run and offset + len(piece) > self.size():
-                    # A run makes room first. To write here would make a hole of what somebody has cut off meanwhile.
-                    text = "Can't write to {filename} up to offset {offset}: somebody has cut it meanwhile"
-                    raise RangeError(text, filename=self.filename, offset=offset + len(piece))
+                if run:
+                    self._check_room(offset + len(piece))
                 self._write_piece(offset, piece, hasher)
         if hasher and hasher.hexdigest() != digest:
             text = "What lies in {filename} at offset {offset} isn't what was sent"
@@ -269,6 +283,46 @@ class LocalFile:
                 hasher.update(buffer[:size])
                 offset += size
 
+    def clear(self, extents: Iterable[Extent], run: str = "", keep: bool = False) -> bool:
+        """
+        Let extents become holes, or zeros that take room, and check what lies there afterwards.
+
+        :param keep: Whether they keep their room on the disk (or get some).
+        :returns: :data:`False` when the file system can't make holes, so that nothing (or not everything) was done.
+        :raises: What :meth:`write` raises.
+        """
+        for part in cut(extents, CHUNK_SIZE) if keep else extents:
+            if not keep and list(self.holes(*_bounds(part))) == [part]:
+                continue
+            with self.claims.writing(run):
+                self._check_room(sum(part))
+                if keep:
+                    self._write_at(part.offset, memoryview(_ZEROS)[: part.size])
+                elif not self._make_hole(part):
+                    return False
+            self._check_cleared(part)
+        return True
+
+    def _make_hole(self, extent: Extent) -> bool:
+        with translating("make a hole in", self.filename):
+            return not self.is_device and make_hole(self.fd, extent)
+
+    def _check_cleared(self, extent: Extent) -> None:
+        """Read what isn't in a hole, which is little where there are holes now."""
+        position = extent.offset
+        for hole in (*self.holes(*_bounds(extent)), Extent(sum(extent), 0)):
+            for chunk in self.chunks([Extent(position, hole.offset - position)]):
+                if chunk != memoryview(_ZEROS)[: len(chunk)]:
+                    text = "What lies in {filename} at offset {offset} should be zeros, and isn't"
+                    raise DigestMismatchError(text, filename=self.filename, offset=position)
+            position = sum(hole)
+
+    def _check_room(self, end: int) -> None:
+        """A run makes room first. To write behind the end would make a hole of what somebody has cut off meanwhile."""
+        if end > self.size():
+            text = "Can't write to {filename} up to offset {offset}: somebody has cut it meanwhile"
+            raise RangeError(text, filename=self.filename, offset=end)
+
     def _write_at(self, offset: int, piece: memoryview | Piped) -> None:
         with translating("write to", self.filename):
             if isinstance(piece, Piped):
@@ -286,3 +340,7 @@ class LocalFile:
         elif size > self.size():
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
             raise FileForbiddenError(text, filename=self.filename, size=size)
+
+
+def _bounds(extent: Extent) -> tuple[int, int]:
+    return extent.offset, sum(extent)

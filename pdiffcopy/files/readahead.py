@@ -11,11 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pdiffcopy.blocks import Extent
+from pdiffcopy.blocks import Extent, cut
 
 WINDOW = 8 * 1024 * 1024
 """How far ahead of its reader the kernel reads, in bytes."""
@@ -36,7 +36,7 @@ class ReadAhead:
         :param extents: What is going to be read, in this order.
         """
         self.fd = fd
-        self._steps = _cut(extents)
+        self._steps = cut(extents, _STEP)
         self._ahead = 0
         self._unit = 0
 
@@ -57,12 +57,6 @@ class ReadAhead:
             size = min(self._unit, sum(step) - offset)
             with suppress(OSError):  # it's only a hint
                 os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def _cut(extents: Iterable[Extent]) -> Iterator[Extent]:
-    for start, size in extents:
-        for offset in range(start, start + size, _STEP):
-            yield Extent(offset, min(_STEP, start + size - offset))
 
 
 def _is_cached(fd: int, offset: int) -> bool:

@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from pdiffcopy.security import is_loopback
 
@@ -90,7 +91,7 @@ def decrypt(sock: ssl.SSLSocket, ahead: bytes, size: int) -> Iterator[memoryview
             buffer[:held], ahead = ahead[:held], ahead[held:]
             try:
                 while held < enough:  # a call brings what one record holds, 16 KiB at most
-                    count = sock.read(enough - held, buffer[held:enough])
+                    count: Any = sock.read(enough - held, buffer[held:enough])
                     if not count:
                         raise ConnectionResetError(errno.ECONNRESET, "The connection was closed early")
                     held += count

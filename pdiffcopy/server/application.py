@@ -23,7 +23,7 @@ from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 
 from pdiffcopy import answers, protocol
-from pdiffcopy.blocks import BlockDigest
+from pdiffcopy.blocks import BlockDigest, Hole
 from pdiffcopy.cores import count_cores
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import AbsentError, AuthenticationError, ForbiddenError, ProgramError
@@ -112,11 +112,21 @@ class _Views:
 
     def hashes(self, request: protocol.HashesRequest, replica: LocalReplica) -> Response:
         """``GET /hashes``"""
-        stripes = replica.hashes(request.block_size, request.method, request.concurrency, request.offset)
+        stripes = replica.hashes(
+            request.block_size, request.method, request.concurrency, request.offset, grain=request.grain
+        )
         lines = _report_hashes(stripes) if request.checks else map(answers.format_hashes, stripes)
         response = Response(lines, mimetype="text/plain")
         response.call_on_close(stripes.close)
         return response
+
+    def holes(self, request: protocol.HolesRequest, replica: LocalReplica) -> Any:
+        """``GET /holes``"""
+        return answers.encode_holes(replica.holes(request.offset, request.stop, request.grain), request.stop)
+
+    def clear(self, request: protocol.ClearRequest, replica: LocalReplica) -> Any:
+        """``POST /zeros``"""
+        return {answers.CLEARED: replica.clear(request.packed, request.run, request.keep)}
 
     def read(self, request: protocol.ReadRequest, replica: LocalReplica) -> Response:
         """``GET /blocks``"""
@@ -164,7 +174,7 @@ class _Views:
         return Response(_report_sync(partial(replica.sync, request.run)), mimetype="text/plain")
 
 
-def _report_hashes(stripes: Iterable[list[BlockDigest]]) -> Iterator[bytes]:
+def _report_hashes(stripes: Iterable[list[BlockDigest | Hole]]) -> Iterator[bytes]:
     """Send hashes with checks. The status has been sent before it is known whether all of the file can be read."""
     try:
         yield from map(answers.format_checked, stripes)

@@ -9,13 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy.blocks import Block, BlockDigest, Extent, block_length, count_blocks, halve
+from pdiffcopy.blocks import Block, BlockDigest, Extent, Hole, block_length, count_blocks, halve, intersect, subtract
 from pdiffcopy.client import delta
-from pdiffcopy.client.delta import compare, in_order, make_batches
-from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.client.delta import Comparison, Sparse, make_batches
+from pdiffcopy.digests import digest_blockwise, new_hasher
 from pdiffcopy.exceptions import ProtocolError
 
 BLOCK = 10
+
+
+def in_order(*arguments):
+    """The digests in order (no file here has holes)."""
+    return (item.digest for item in delta.in_order(*arguments))
+
+
+def compare(source, target, size, block_size):
+    """Compare two streams of digests, neither of which has holes."""
+    streams = [(BlockDigest(i * block_size, digest) for i, digest in enumerate(x)) for x in (source, target)]
+    return Comparison(size, block_size, Sparse.IGNORED, new_hasher).compare(*streams)
 
 
 def make_digests(size, block_size=BLOCK, start=0):
@@ -50,6 +61,18 @@ def test_geometry_is_exact_for_huge_files():
     """No rounding error, whatever the size."""
     assert count_blocks(2**63 - 1, 3) == (2**63 + 1) // 3
     assert block_length(2**63 - 2, 2**63 - 1, 2) == 1
+
+
+def test_extents_meet_and_are_left():
+    """What lies in some extents, and what is left of them."""
+    extents = [Extent(0, 10), Extent(20, 10), Extent(40, 10)]
+    assert list(intersect(Extent(5, 40), extents)) == [Extent(5, 5), Extent(20, 10), Extent(40, 5)]
+    assert list(intersect(Extent(10, 10), extents)) == []
+    assert list(intersect(Extent(60, 10), extents)) == []
+    assert list(subtract(extents, [])) == extents
+    assert list(subtract(extents, [Extent(0, 3), Extent(5, 5), Extent(20, 10), Extent(41, 2)])) == [
+        Extent(3, 2), Extent(40, 1), Extent(43, 7)
+    ]  # fmt: skip
 
 
 # Putting in order, distrusting {{{1
@@ -176,6 +199,94 @@ def test_compare(source, target, size, changed):
     ]
     assert [block.changed for block in blocks] == [flag == "1" for flag in changed]
     assert sum(block.size for block in blocks) == size
+
+
+NOTHING = new_hasher(bytes(BLOCK)).hexdigest()
+KINDS = {
+    "-": Hole(0, BLOCK),
+    "0": BlockDigest(0, NOTHING),
+    "a": BlockDigest(0, "aa"),
+    "b": BlockDigest(0, "bb"),
+    "A": BlockDigest(0, "aa.1"),
+    "Z": BlockDigest(0, NOTHING + ".1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("sparse", "expected"),
+    [
+        (Sparse.AUTO, ["= h h h h h", "z = z z z z", "m m = m m m", "m m m = m m", "m m m m = m", "m m m m m ="]),
+        (Sparse.ALWAYS, ["= h h h h h", "= h h h h h", "m m = m = m", "m m m = m m", "m m = m = m", "= h h h h h"]),
+        (Sparse.NEVER, ["z = z z z =", "z = z z z =", "m m = m = m", "m m m = m m", "m m = m = m", "z = z z z ="]),
+    ],
+)
+def test_what_becomes_of_holes_and_zeros(sparse, expected):
+    """Moved (m), made a hole (h), filled with zeros (z), or left alone (=), for each kind of target."""
+    for source, outcomes in zip(KINDS, expected, strict=True):
+        found = []
+        for target in KINDS.values():
+            (block,) = Comparison(BLOCK, BLOCK, sparse, new_hasher).compare([KINDS[source]], [target])
+            found.append({"": "m", "holes": "h", "zeros": "z"}[block.fill] if block.changed else "=")
+        assert " ".join(found) == outcomes, source
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_are_compared_like_their_blocks(seed):
+    """However long the holes of both sides are, the outcome is that of comparing block by block."""
+    generator = random.Random(seed)
+    files = ["".join(generator.choice("--0ab") * generator.choice([1, 1, 3]) for _ in range(20))[:20] for _ in range(2)]
+    size = 20 * BLOCK - 3
+
+    def tell(letters: str, joined: bool) -> list:
+        items = []
+        for index, letter in enumerate(letters):
+            offset, length = index * BLOCK, block_length(index * BLOCK, size, BLOCK)
+            if letter != "-":
+                digest = new_hasher(bytes(length)).hexdigest() if letter == "0" else letter * 2
+                items.append(BlockDigest(offset, digest))
+            elif joined and items and isinstance(items[-1], Hole):
+                items[-1] = Hole(items[-1].offset, items[-1].size + length)
+            else:
+                items.append(Hole(offset, length))
+        return items
+
+    for sparse in (Sparse.AUTO, Sparse.ALWAYS, Sparse.NEVER):
+        outcomes = []
+        for joined in (True, False):
+            comparison = Comparison(size, BLOCK, sparse, new_hasher)
+            blocks = list(comparison.compare(*(tell(letters, joined) for letters in files)))
+            assert sum(block.blocks for block in blocks) == 20
+            assert sum(block.size for block in blocks) == size
+            outcomes.append(
+                [(at, block.changed, block.fill) for block in blocks
+                 for at in range(block.offset, block.offset + block.size, BLOCK)]
+            )  # fmt: skip
+        assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("item", [Hole(0, 15), Hole(0, 40), Hole(10, 10), Hole(5, 10)])
+def test_impossible_holes(item):
+    """They keep to the order, consist of blocks, and end with the file."""
+    with pytest.raises(ProtocolError, match="impossible"):
+        list(delta.in_order([item], 0, 35, BLOCK))
+    assert list(delta.in_order([Hole(0, 20), Hole(20, 15)], 0, 35, BLOCK)) == [Hole(0, 20), Hole(20, 15)]
+
+
+def test_batches_of_holes():
+    """A hole of any size is a part of a batch, which is then over; zeros count like what is moved."""
+    terabyte = 2**40
+    blocks = [
+        Block(0, BLOCK, True, "aa"),
+        Block(BLOCK, BLOCK, True, "", "zeros"),
+        Block(2 * BLOCK, terabyte, True, "", "holes", terabyte // BLOCK),
+        Block(2 * BLOCK + terabyte, BLOCK, True, "bb"),
+    ]
+    first, second = make_batches(blocks)
+    assert (first.extents, first.zeros) == ((Extent(0, BLOCK),), (Extent(BLOCK, BLOCK),))
+    assert first.holes == (Extent(2 * BLOCK, terabyte),)
+    assert (first.size, first.blocks_changed) == (BLOCK, 2 + terabyte // BLOCK)
+    assert first.digest == digest_blockwise(["aa"])
+    assert (second.extents, second.holes) == ((Extent(2 * BLOCK + terabyte, BLOCK),), ())
 
 
 def test_compare_is_lazy():

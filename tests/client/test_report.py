@@ -134,6 +134,7 @@ def test_report_as_json():
         "verification": "verified",
         "bytes_cut": 0,
         "bytes_grown": 0,
+        "bytes_left_alone": 0,
         "watched": True,
         "claimed": True,
         "elapsed": 2.0,
@@ -142,5 +143,6 @@ def test_report_as_json():
         "bytes_compared": 10 * MIB,
         "bytes_moved": 2 * MIB,
         "bytes_verified": 2 * MIB,
+        "bytes_zeroed": 0,
         "retries": 0,
     }

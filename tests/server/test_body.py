@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from io import BytesIO
-from threading import Thread
 from urllib.parse import quote
 
 import pytest
@@ -284,11 +283,9 @@ def test_requests_in_a_row_without_waiting(any_server, path, size):
     payload = b"".join(make_write(path, block, i * size) for i, block in enumerate(blocks))
     payload += make_request(b"", f"/resize?filename={quote(str(path))}&size={4 * size + 1}")
     with talk(any_server) as connection:
-        sender = Thread(target=connection.sock.sendall, args=(payload,), daemon=True)
-        sender.start()
+        connection.sock.sendall(payload)
         assert [connection.receive() for _ in blocks] == [(200, {"verified": True})] * 4
         assert connection.receive() == (200, {"size": 4 * size + 1})
-        sender.join()
     assert path.read_bytes() == b"".join(blocks) + b"\0"
 
 

@@ -1,0 +1,290 @@
+"""What becomes of holes and zeros: on several file systems, in both directions, over the wire and not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pdiffcopy.blocks import Extent
+from pdiffcopy.client import pipeline
+from pdiffcopy.files import localfile
+from pdiffcopy.files.holes import find_holes
+from pdiffcopy.replica import LocalReplica
+from tests.support import error_lines, ext4, loop_device, make_data, mounted, run_pdiffcopy, start_server
+
+PAGE = 4096
+MEBIBYTE = 2**20
+DIRECTIONS = ("local", "upload", "download")
+SIZES = {"ext4": 64 * MEBIBYTE, "xfs": 320 * MEBIBYTE, "btrfs": 128 * MEBIBYTE}
+
+
+@pytest.fixture(params=SIZES)
+def disk(request, tmp_path):
+    """A file system that knows holes."""
+    with disk_of_kind(request.param, tmp_path) as folder:
+        yield folder
+
+
+@pytest.fixture
+def one_disk(tmp_path):
+    """One of them."""
+    with ext4(tmp_path / "image", tmp_path / "disk", size=SIZES["ext4"]) as folder:
+        yield folder
+
+
+@contextmanager
+def disk_of_kind(kind: str, folder: Path):
+    if kind == "ext4":
+        with ext4(folder / "image", folder / "disk", size=SIZES[kind]) as disk:
+            yield disk
+        return
+    if not shutil.which(f"mkfs.{kind}"):
+        pytest.skip(f"mkfs.{kind} isn't installed")
+    with (folder / "image").open("wb") as image:
+        image.truncate(SIZES[kind])
+    subprocess.run([f"mkfs.{kind}", "-q", "-f", str(folder / "image")], check=True)
+    with mounted(folder / "disk", kind, "loop", folder / "image"):
+        yield folder / "disk"
+
+
+def write(path: Path, parts: str, unit: int = MEBIBYTE) -> None:
+    """Write a file by a letter for each part: a hole (-), zeros (0), or something that depends on the letter."""
+    with path.open("wb", buffering=0) as file:
+        # First of all: where a file grows by being written to, XFS takes more room than that.
+        file.truncate(len(parts) * unit)
+        for index, letter in enumerate(parts):
+            if letter != "-":
+                file.seek(index * unit)
+                file.write(bytes(unit) if letter == "0" else make_data(unit, ord(letter)))
+        os.fsync(file.fileno())
+
+
+def read_holes(path: Path, unit: int = MEBIBYTE) -> str:
+    """The same with a letter for each part: a hole, or not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        holes = list(find_holes(file.fileno(), 0, size))
+    return "".join(
+        "-" if any(hole.offset <= at and at + unit <= sum(hole) for hole in holes) else "x"
+        for at in range(0, size, unit)
+    )
+
+
+def get_places(server, direction: str, source: Path, target: Path) -> tuple:
+    """The locations of both files."""
+    return (
+        server.location(source) if direction == "download" else source,
+        server.location(target) if direction == "upload" else target,
+    )
+
+
+def copy(server, direction: str, source: Path, target: Path, *options: str) -> dict:
+    """Run the program, see that the contents are equal, and return the report."""
+    result = run_pdiffcopy("--json", *options, *get_places(server, direction, source, target))
+    assert result.returncode == 0, result.stderr
+    assert subprocess.run(["cmp", str(source), str(target)]).returncode == 0
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("before", ["", "bbbbbbbb", "00000000", "--------", "a-0b-0-a", "-a"])
+def test_target_ends_as_sparse_as_the_source(server, disk, direction, before):
+    """Whatever it was before, and there's nothing left to do afterwards."""
+    source, target = disk / "source", disk / "target"
+    write(source, "a--00b-c")
+    if before:
+        write(target, before)
+    report = copy(server, direction, source, target)
+    assert read_holes(target) == "x--xxx-x"
+    assert report["bytes_moved"] <= 3 * MEBIBYTE + (2 * MEBIBYTE if not before else 0)
+    again = copy(server, direction, source, target)
+    assert (again["blocks_changed"], again["bytes_moved"], again["bytes_zeroed"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_whole_files_keep_their_holes(server, disk, direction):
+    """Without a comparison, too."""
+    source, target = disk / "source", disk / "target"
+    write(source, "a--b")
+    write(target, "cccc")
+    report = copy(server, direction, source, target, "-W")
+    assert read_holes(target) == "x--x"
+    assert report["bytes_moved"] == 2 * MEBIBYTE
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("options", [(), ("-W",)], ids=["delta", "whole"])
+@pytest.mark.parametrize("before", ["", "dddddddddddddddd", "abcdabcdabcdabcd"])
+def test_holes_smaller_than_a_block(server, disk, direction, options, before):
+    """As page compression leaves them, one in each page of a table."""
+    source, target = disk / "source", disk / "target"
+    parts = "a-b--c-d--a-b-c-" * 16
+    write(source, parts, PAGE)
+    if before:
+        write(target, before * 16, PAGE)
+    report = copy(server, direction, source, target, *options)
+    assert read_holes(target, PAGE) == read_holes(source, PAGE)
+    assert report["bytes_moved"] <= source.stat().st_size - parts.count("-") * PAGE
+    assert copy(server, direction, source, target)["blocks_changed"] == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_page_that_changes_between_holes(server, one_disk, direction):
+    """It's moved alone, and the holes around it stay."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a-b-" * 256, PAGE)
+    shutil.copyfile(source, target)
+    write(target, "a-b-" * 256, PAGE)
+    with source.open("r+b") as file:
+        file.seek(64 * PAGE)
+        file.write(make_data(PAGE, 99))
+    report = copy(server, direction, source, target)
+    assert report["blocks_changed"] == 1
+    assert report["bytes_moved"] <= 4 * PAGE
+    assert read_holes(target, PAGE) == read_holes(source, PAGE)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("before", ["", "xxxxxx", "000000", "------"])
+def test_zeros_become_holes_when_asked_for(server, one_disk, direction, before):
+    """All blocks of zeros, whether they took room in the source or not."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a-00-b")
+    write(target, before or "c")
+    copy(server, direction, source, target, "--sparse=always")
+    assert read_holes(target) == "x----x"
+    assert copy(server, direction, source, target, "--sparse=always")["blocks_changed"] == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("before", ["", "xxxxxx", "------"])
+def test_no_holes_are_made_when_none_are_wanted(server, one_disk, direction, before):
+    """Holes become zeros that take room."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a-00-b")
+    if before:
+        write(target, before)
+    report = copy(server, direction, source, target, "--sparse=never")
+    assert read_holes(target) == "xxxxxx"
+    assert report["bytes_moved"] <= 6 * MEBIBYTE
+    assert copy(server, direction, source, target, "--sparse=never")["blocks_changed"] == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_terabyte_of_nothing(server, disk, direction):
+    """It takes as long as what's in it."""
+    source, target = disk / "source", disk / "target"
+    write(source, "a")
+    with source.open("r+b") as file:
+        file.truncate(2**40 + 5)
+        file.seek(2**39 + 12345)
+        file.write(b"needle")
+    report = run_sparse(server, direction, source, target)
+    assert report["size"] == 2**40 + 5
+    assert report["bytes_moved"] <= 2 * MEBIBYTE
+    assert report["blocks_compared"] == 2**20 + 1
+    assert target.stat().st_size == 2**40 + 5
+    assert target.stat().st_blocks * 512 <= 2 * MEBIBYTE
+    with target.open("rb") as file:
+        file.seek(2**39 + 12345)
+        assert file.read(6) == b"needle"
+    assert run_sparse(server, direction, source, target)["blocks_changed"] == 0
+
+
+def run_sparse(server, direction: str, source: Path, target: Path) -> dict:
+    """As :func:`copy`, without reading all of it."""
+    result = run_pdiffcopy("--json", *get_places(server, direction, source, target))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_dry_run_tells_of_holes(server, one_disk):
+    """And makes none."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a--b")
+    write(target, "a00b")
+    result = run_pdiffcopy("--json", "-n", server.location(source), target)
+    assert json.loads(result.stdout)["blocks_changed"] == 2
+    assert read_holes(target) == "xxxx"
+
+
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_old_peers_get_and_send_bytes(launch_old, one_disk, direction):
+    """They know nothing of holes, and what the user asks for in addition is refused."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a--b")
+    write(target, "cccc")
+    peer = launch_old()
+    copy(peer, direction, source, target)
+    result = run_pdiffcopy("--sparse=always", *get_places(peer, direction, source, target))
+    assert result.returncode == 1
+    assert "too old for --sparse=always" in error_lines(result)[0]
+
+
+def test_choice_has_to_be_one(tmp_path):
+    """The others are named."""
+    (tmp_path / "source").touch()
+    result = run_pdiffcopy("--sparse=perhaps", tmp_path / "source", tmp_path / "target")
+    assert error_lines(result) == ["pdiffcopy: --sparse takes auto, always, never, not 'perhaps'"]
+
+
+def test_devices_get_zeros(tmp_path):
+    """They have no holes, so holes of the source are zeros there; what lies behind its end is left alone."""
+    write(tmp_path / "source", "a--b")
+    (tmp_path / "image").write_bytes(make_data(8 * MEBIBYTE, 7))
+    with loop_device(tmp_path / "image") as device:
+        for changed in (4, 0):
+            result = run_pdiffcopy("--json", tmp_path / "source", device)
+            assert result.returncode == 0, result.stderr
+            assert json.loads(result.stdout)["blocks_changed"] == changed
+            assert json.loads(result.stdout)["bytes_left_alone"] == 4 * MEBIBYTE
+        with open(device, "rb") as file:
+            assert file.read(4 * MEBIBYTE) == (tmp_path / "source").read_bytes()
+            assert file.read() == make_data(8 * MEBIBYTE, 7)[4 * MEBIBYTE :]
+
+
+@pytest.mark.parametrize("options", [(), ("-n",)], ids=["copy", "dry run"])
+def test_devices_that_are_too_small(tmp_path, options):
+    """Nothing is written to them."""
+    write(tmp_path / "source", "abc")
+    (tmp_path / "image").write_bytes(make_data(2 * MEBIBYTE, 7))
+    with loop_device(tmp_path / "image") as device:
+        result = run_pdiffcopy(*options, tmp_path / "source", device)
+        assert result.returncode == 1
+        assert f"{device} is a block device of {2 * MEBIBYTE} bytes" in error_lines(result)[0]
+        assert Path(device).read_bytes() == make_data(2 * MEBIBYTE, 7)
+
+
+def test_file_systems_without_holes_get_zeros(one_disk, monkeypatch):
+    """Written as such, in parts that a request can ask for."""
+    write(one_disk / "file", "abc")
+    monkeypatch.setattr(localfile, "make_hole", lambda *_: False)
+    monkeypatch.setattr(pipeline, "BATCH_SIZE", MEBIBYTE)
+    target = LocalReplica(str(one_disk / "file"))
+    plan = type("Plan", (), {"run": ""})
+    assert pipeline._fill(plan, [Extent(PAGE, 2 * MEBIBYTE)], (), target) == 2 * MEBIBYTE
+    data = (one_disk / "file").read_bytes()
+    assert data[PAGE : PAGE + 2 * MEBIBYTE] == bytes(2 * MEBIBYTE)
+    assert data[:PAGE] == make_data(MEBIBYTE, ord("a"))[:PAGE]
+    assert data[PAGE + 2 * MEBIBYTE :] == make_data(MEBIBYTE, ord("c"))[PAGE:]
+
+
+def test_root_and_read_only_hold_for_holes(tmp_path):
+    """As for all other requests."""
+    (tmp_path / "root").mkdir()
+    write(tmp_path / "root" / "file", "ab")
+    server = start_server(tmp_path, "--root", str(tmp_path / "root"), "--read-only")
+    try:
+        write(tmp_path / "source", "--")
+        result = run_pdiffcopy(tmp_path / "source", f"127.0.0.1:{server.port}/file")
+        assert result.returncode == 1 and "read-only" in error_lines(result)[0]
+    finally:
+        server.stop()
+    assert read_holes(tmp_path / "root" / "file") == "xx"
