@@ -55,6 +55,8 @@ class PeerInfo:
     methods: frozenset[str] = field(default_factory=frozenset)
     """The hash methods it has (empty when it doesn't tell)."""
     writable: bool = True
+    room: int | None = None
+    """How many bytes are left where the file is, or would be (:data:`None`: nobody knows)."""
 
 
 def sign_answer(request: str, status: int, digest: str) -> str:
@@ -164,6 +166,7 @@ def encode_info(info: FileInfo, peer: PeerInfo) -> dict[str, Any]:
         "features": sorted(peer.features),
         "methods": sorted(peer.methods),
         "writable": peer.writable,
+        "room": peer.room,
     }
     return document
 
@@ -183,27 +186,30 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
         if not exists:
             return FileInfo(False), PeerInfo()
         raise ProtocolError("The server's answer is not that of a pdiffcopy server")
+    room = server.get("room")
     peer = PeerInfo(
         version=str(server.get("version", "1.0"))[:40],
         features=FEATURES.intersection(_strings(server.get("features"))),
         methods=frozenset(_strings(server.get("methods"))),
         writable=server.get("writable", True) is True,
+        room=room if type(room) is int and room >= 0 else None,
     )
     if not exists:
         return FileInfo(False), peer
     times = {name: document.get(name, 0) for name in ("mtime_ns", "ctime_ns", "settles_ms")}
     size, settles_ms = document.get("size"), times["settles_ms"]
     mode = document.get("mode", FileInfo.mode)
-    grain = document.get("grain", 0)
-    for value in (size, mode, grain, *times.values()):
+    places = {name: document.get(name, 0) for name in ("grain", "allocated")}
+    for value in (size, mode, *places.values(), *times.values()):
         if type(value) is not int or value > MAX_OFFSET:
             raise ProtocolError("The server states an impossible size or time: {value}", value=repr(value)[:80])
-    if size < 0 or grain < 0 or not 0 <= settles_ms <= MAX_SETTLING:
+    if size < 0 or min(places.values()) < 0 or not 0 <= settles_ms <= MAX_SETTLING:
         raise ProtocolError("The server states an impossible size or time: {value}", value=f"{size}, {settles_ms}")
     resizable = document.get("resizable", True) is True
     file_id = str(document.get("file_id", ""))[:80]
-    holes = {"grain": grain, "has_holes": document.get("has_holes", False) is True}
-    return FileInfo(True, size, file_id=file_id, resizable=resizable, mode=mode & MAX_MODE, **holes, **times), peer
+    has_holes = document.get("has_holes", False) is True
+    kind = {"file_id": file_id, "resizable": resizable, "mode": mode & MAX_MODE, "has_holes": has_holes}
+    return FileInfo(True, size, **kind, **places, **times), peer
 
 
 def _strings(value: Any) -> list[str]:

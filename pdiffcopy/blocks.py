@@ -95,6 +95,8 @@ class FileInfo:
     """The size of the smallest hole that it can have, in bytes (0 when it can have none, or that isn't known)."""
     has_holes: bool = field(default=False, compare=False)
     """Whether it has some."""
+    allocated: int = field(default=0, compare=False)
+    """How many bytes it takes on its disk, as far as they're a part of its size."""
     settles_ms: int = field(default=0, compare=False)
     """For how long another change may bear the same time as the last one, in milliseconds."""
 

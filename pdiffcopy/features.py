@@ -47,7 +47,8 @@ The rest a client uses only when the server lists it as a *feature* in its answe
     ``GET /holes?filename=&offset=&stop=&grain=`` tells holes, and how far it has looked.
     ``POST /zeros?filename=&packed=`` makes zeros of some extents: with ``keep=1`` such that take room on the disk,
     otherwise holes (or not, where the answer says that there can be none). ``/info`` tells the ``grain`` of a file
-    system (the size of its blocks), and whether a file ``has_holes``.
+    system (the size of its blocks), whether a file ``has_holes``, how much room is ``allocated`` to it, and how much
+    ``room`` is left there. ``POST /resize`` with ``in_advance=1`` lets a file take all of its room at once.
 :data:`FEATURE_SYNC`
     ``POST /sync?filename=`` flushes the file to its disk. While that takes time, empty lines keep the connection
     alive; the last line is :data:`.DONE` or a problem.

@@ -283,7 +283,6 @@ class ClearRequest(Request):
 
     packed: tuple[Extent, ...] = word(Packed(MAX_OFFSET))
     keep: bool = word(Flag(), False)
-    """Whether they take room on the disk (otherwise they become holes)."""
     run: str = word(RUN, "")
 
     def __post_init__(self) -> None:
@@ -298,6 +297,7 @@ class ResizeRequest(Request):
     verb, endpoint, action, writes = "POST", "resize", "resize", True
 
     size: int = word(Integer())
+    in_advance: bool = word(Flag(), False)
     run: str = word(RUN, "")
 
 

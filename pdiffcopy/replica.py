@@ -21,7 +21,7 @@ from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, ReplacedError, SourceChangedError
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.files.names import MACHINE, Namespace, create_file, sync_folder
+from pdiffcopy.files.names import MACHINE, Namespace, create_file, find_room, sync_folder
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
@@ -146,8 +146,12 @@ class Replica(ABC):
         """
 
     @abstractmethod
-    def resize(self, size: int, run: str = "") -> None:
-        """Create the file (with its parent folders), grow or cut it."""
+    def resize(self, size: int, run: str = "", in_advance: bool = False) -> None:
+        """
+        Create the file (with its parent folders), grow or cut it.
+
+        :param in_advance: Whether it takes all of its room on the disk at once.
+        """
 
     @abstractmethod
     def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
@@ -207,7 +211,7 @@ class LocalReplica(Replica):
 
     def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
         """See :meth:`Replica.info`."""
-        peer = PeerInfo(__version__, FEATURES, get_methods())
+        peer = PeerInfo(__version__, FEATURES, get_methods(), room=find_room(self.filename, self.namespace))
         try:
             with self._open() as file:
                 file.claims.check(run)
@@ -278,12 +282,12 @@ class LocalReplica(Replica):
         with self._open(write=True) as file:
             return file.clear(extents, run, keep)
 
-    def resize(self, size: int, run: str = "") -> None:
+    def resize(self, size: int, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`Replica.resize`."""
         if not self.file_id:
             create_file(self.filename, self.namespace)
         with self._open(write=True) as file, file.claims.writing(run):
-            file.resize(size)
+            file.resize(size, in_advance)
 
     def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
         """See :meth:`Replica.claim`."""

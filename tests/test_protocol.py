@@ -75,7 +75,7 @@ WORDS = {
     "mode": st.integers(0, 0o777),
     "digest": st.just("0123456789abcdef" * 2),
     "grain": st.just(512),
-    **dict.fromkeys(["checks", "flush", "data", "create", "keep"], st.booleans()),
+    **dict.fromkeys(["checks", "flush", "data", "create", "keep", "in_advance"], st.booleans()),
 }
 
 

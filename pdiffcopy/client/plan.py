@@ -90,6 +90,11 @@ class Plan:
     """Which file the target has to be."""
 
     @property
+    def fills_new_file(self) -> bool:
+        """Whether the target is new and going to have no holes."""
+        return self.is_new and not self.has_holes and self.sparse is not Sparse.ALWAYS
+
+    @property
     def needs_hashes(self) -> bool:
         """Whether the source has to be hashed block by block."""
         return self.delta or self.verification is Verification.BY_HASHES

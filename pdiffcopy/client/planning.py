@@ -12,7 +12,7 @@ from pdiffcopy.blocks import FileInfo
 from pdiffcopy.client.delta import Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Verification
-from pdiffcopy.exceptions import FileForbiddenError, ForbiddenError, UsageError
+from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ForbiddenError, UsageError
 from pdiffcopy.features import (
     FEATURE_BLOCKWISE,
     FEATURE_DIGEST,
@@ -83,10 +83,21 @@ class Planner:
             old = target if FEATURE_SPARSE in source.peer.features else source
             text = "The server of {label} is too old for --sparse={choice}"
             raise UsageError(text, label=old.replica.label, choice=self.options.sparse)
+        if writes and target.peer.room is not None and (needed := self._count_missing()) > target.peer.room:
+            text = "{label} takes {needed} bytes more than now, and its file system has {room} left"
+            raise DiskFullError(text, label=target.replica.label, needed=needed, room=target.peer.room)
         if writes and not target.peer.writable:
             raise ForbiddenError("The server of {label} is read-only", label=target.replica.label)
         if writes and self.options.fsync and FEATURE_SYNC not in target.peer.features:
             raise UsageError("The server of {label} is too old for --fsync", label=target.replica.label)
+
+    def _count_missing(self) -> int:
+        """How much more room the target takes in any case."""
+        source, target, sparse = self.source.info, self.target.info, Sparse(self.options.sparse)
+        # An old server tells nothing of this. Nor is it known how many zeros there are.
+        if not target.resizable or FEATURE_SPARSE not in self.common or self.is_given or sparse is Sparse.ALWAYS:
+            return 0
+        return (source.size if sparse is Sparse.NEVER else source.allocated) - target.allocated
 
     def make_plan(
         self, addresses: tuple[Address, Address], target: FileInfo, target_size: int, run: str = ""

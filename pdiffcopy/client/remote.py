@@ -40,7 +40,7 @@ from pdiffcopy.exceptions import (
     ReplacedError,
     TransientError,
 )
-from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME
+from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME, FEATURE_SPARSE
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.protocol import (
     ClaimRequest,
@@ -276,9 +276,13 @@ class RemoteReplica(Replica):
                 return False
         return True
 
-    def resize(self, size: int, run: str = "") -> None:
+    def resize(self, size: int, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.resize`."""
-        self._ask(ResizeRequest(filename=self.filename, file_id=self.file_id, size=size, run=run))
+        in_advance = in_advance and FEATURE_SPARSE in self._features
+        request = ResizeRequest(
+            filename=self.filename, file_id=self.file_id, size=size, in_advance=in_advance, run=run
+        )  # fmt: skip
+        self._ask(request)
 
     def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""

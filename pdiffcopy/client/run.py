@@ -164,7 +164,7 @@ class Run:
             plan = self._make_plan(target, source.size, run if claimed else "")
             replica = open_target(plan, self.servers)
             if target.size < source.size or not target.exists:
-                replica.resize(source.size, plan.run)
+                replica.resize(source.size, plan.run, plan.fills_new_file)
             start(plan)
             result = sum(results, Result())
         if target.size > source.size and target.resizable:

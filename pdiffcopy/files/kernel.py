@@ -76,6 +76,11 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
     _check(_libc.fallocate(fd, _PUNCH_HOLE, offset, size))
 
 
+def allocate(fd: int, size: int) -> None:
+    """Give a file this size at least, and all of its room on the disk (fallocate(2); glibc would write zeros)."""
+    _check(_libc.fallocate(fd, 0, 0, size))
+
+
 def count_cached_pages(fd: int, size: int) -> int:
     """How many pages of a file of the given size (in bytes) are in the page cache (mincore(2))."""
     count = 0

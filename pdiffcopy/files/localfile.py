@@ -34,6 +34,7 @@ from pdiffcopy.files.holes import find_holes, get_grain, make_hole
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
+from pdiffcopy.files.room import reserve
 from pdiffcopy.files.sockets import wait_for_room
 from pdiffcopy.files.splice import Chunk, Piped, spread
 
@@ -125,7 +126,8 @@ class LocalFile:
             status = os.fstat(self.fd)
         if self.is_device:  # its contents change without a trace in its node: there is no time to compare
             mode = status.st_mode & MAX_MODE
-            return FileInfo(True, self.size(), file_id=identify(status), resizable=False, mode=mode)
+            size = self.size()
+            return FileInfo(True, size, file_id=identify(status), resizable=False, mode=mode, allocated=size)
         times = status.st_mtime_ns, status.st_ctime_ns
         settles_ms = -(-get_settling_time(*times, time.time_ns()) // 1_000_000)
         return FileInfo(
@@ -136,6 +138,7 @@ class LocalFile:
             mode=status.st_mode & MAX_MODE,
             grain=get_grain(self.fd),
             has_holes=any(find_holes(self.fd, 0, status.st_size)),
+            allocated=min(status.st_blocks * 512, status.st_size),
             settles_ms=settles_ms,
         )
 
@@ -292,7 +295,7 @@ class LocalFile:
         :raises: What :meth:`write` raises.
         """
         for part in cut(extents, CHUNK_SIZE) if keep else extents:
-            if not keep and list(self.holes(*_bounds(part))) == [part]:
+            if not keep and list(self.holes(part.offset, sum(part))) == [part]:
                 continue
             with self.claims.writing(run):
                 self._check_room(sum(part))
@@ -310,7 +313,7 @@ class LocalFile:
     def _check_cleared(self, extent: Extent) -> None:
         """Read what isn't in a hole, which is little where there are holes now."""
         position = extent.offset
-        for hole in (*self.holes(*_bounds(extent)), Extent(sum(extent), 0)):
+        for hole in (*self.holes(extent.offset, sum(extent)), Extent(sum(extent), 0)):
             for chunk in self.chunks([Extent(position, hole.offset - position)]):
                 if chunk != memoryview(_ZEROS)[: len(chunk)]:
                     text = "What lies in {filename} at offset {offset} should be zeros, and isn't"
@@ -332,15 +335,16 @@ class LocalFile:
                 count = os.pwrite(self.fd, piece, offset)
                 piece, offset = piece[count:], offset + count
 
-    def resize(self, size: int) -> None:
-        """Grow or cut the file. A device stays as it is, and has to be large enough."""
+    def resize(self, size: int, in_advance: bool = False) -> None:
+        """
+        Grow or cut the file. A device stays as it is, and has to be large enough.
+
+        :param in_advance: Whether it takes all of its room at once.
+        """
         if not self.is_device:
             with translating("resize", self.filename):
-                os.ftruncate(self.fd, size)
+                if not (in_advance and size and reserve(self.fd, size)):
+                    os.ftruncate(self.fd, size)
         elif size > self.size():
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
             raise FileForbiddenError(text, filename=self.filename, size=size)
-
-
-def _bounds(extent: Extent) -> tuple[int, int]:
-    return extent.offset, sum(extent)

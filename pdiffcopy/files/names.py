@@ -15,6 +15,7 @@ from contextlib import suppress
 from pdiffcopy.blocks import FileInfo
 from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, UsageError, translating
 from pdiffcopy.files.kernel import PSEUDO, get_file_system
+from pdiffcopy.files.room import get_room
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -94,6 +95,28 @@ def create_file(filename: str, namespace: Namespace, mode: int = FileInfo.mode) 
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
 
 
+def _open_nearest(filename: str, namespace: Namespace) -> tuple[int, str]:
+    """Open what a name leads to (``O_PATH``), or the nearest folder that would have it, and tell the name of that."""
+    name = filename
+    while True:
+        try:
+            return namespace.open(name, os.O_PATH | os.O_CLOEXEC), name
+        except FileNotFoundError:
+            name = os.path.dirname(name.rstrip("/")) or ("/" if filename.startswith("/") else ".")
+
+
+def find_room(filename: str, namespace: Namespace) -> int | None:
+    """How many bytes are left where a file is, or would be created, see :func:`.get_room`."""
+    try:
+        fd, _ = _open_nearest(filename, namespace)
+    except OSError:  # whoever opens the file will tell
+        return None
+    try:
+        return get_room(fd)
+    finally:
+        os.close(fd)
+
+
 def _check_place(filename: str, namespace: Namespace) -> None:
     """
     Refuse to create what would be no file.
@@ -101,13 +124,7 @@ def _check_place(filename: str, namespace: Namespace) -> None:
     A name below /dev that doesn't exist is a device that is missing: a file there would be in memory. Where the kernel
     makes up the files, a folder that is made may have a meaning.
     """
-    name = filename
-    while True:
-        try:
-            fd = namespace.open(name, os.O_PATH | os.O_CLOEXEC)
-            break
-        except FileNotFoundError:
-            name = os.path.dirname(name.rstrip("/")) or ("/" if filename.startswith("/") else ".")
+    fd, name = _open_nearest(filename, namespace)
     try:
         place = os.readlink(f"/proc/self/fd/{fd}") + "/"
         is_pseudo = get_file_system(fd) in PSEUDO

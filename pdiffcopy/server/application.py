@@ -156,7 +156,7 @@ class _Views:
 
     def resize(self, request: protocol.ResizeRequest, replica: LocalReplica) -> Any:
         """``POST /resize``"""
-        replica.resize(request.size, request.run)
+        replica.resize(request.size, request.run, request.in_advance)
         return {"size": request.size}
 
     def claim(self, request: protocol.ClaimRequest, replica: LocalReplica) -> Any:

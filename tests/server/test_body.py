@@ -29,7 +29,7 @@ from pdiffcopy.files.stored import Stored
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.server.body import read_body, send_chunks
 from pdiffcopy.words import Extents
-from tests.support import STALL, make_data, start_server, write_pattern
+from tests.support import STALL, make_data, start_server, wait_for, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -314,6 +314,7 @@ def test_connection_that_is_closed_early(any_server, path, sent):
             status, problem = connection.receive()
             assert (status, problem["title"]) == (408, "Request Timeout")
             assert "ended early" in problem["detail"]
+    wait_for(lambda: path.read_bytes().startswith(data[:sent]), what="what has arrived")
     assert_written(path, data[:sent])
 
 

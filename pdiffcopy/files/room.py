@@ -1,0 +1,47 @@
+"""How much room does the file system of a file have left, and how is some of it taken in advance?"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pdiffcopy.files import kernel
+
+_COMPRESSING = frozenset(
+    [
+        0x9123683E,  # btrfs
+        0xF2F52010,  # f2fs
+        0x2FC12FC1,  # zfs
+        0xCA451A4E,  # bcachefs
+    ]
+)
+"""File systems that may need less room than a file has bytes (linux/magic.h, and the sources of the last two)."""
+_UNSUPPORTED = frozenset([errno.EOPNOTSUPP, errno.ENOSYS])
+
+
+def get_room(fd: int) -> int | None:
+    """
+    How many bytes a file system has left.
+
+    :param fd: Something in it.
+    :returns: The number, or :data:`None` where it doesn't tell what fits.
+    """
+    status = os.fstatvfs(fd)
+    if not status.f_blocks or kernel.get_file_system(fd) in _COMPRESSING:
+        return None
+    return status.f_frsize * (status.f_bavail if os.geteuid() else status.f_bfree)
+
+
+def reserve(fd: int, size: int) -> bool:
+    """
+    Take the room for a whole file, in as few parts as possible.
+
+    :returns: :data:`False` when the file system can't do that.
+    """
+    try:
+        kernel.allocate(fd, size)
+        return True
+    except OSError as e:
+        if e.errno not in _UNSUPPORTED:
+            raise
+        return False
