@@ -19,7 +19,7 @@ from typing import Any
 from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, total_size
 from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.exceptions import ProtocolError
-from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
+from pdiffcopy.words import MAX_EXTENTS
 
 BATCH_SIZE = 64 * 1024 * 1024
 """How many bytes one request moves at most: to make and to answer one takes as long as to move several MiB..."""
@@ -35,6 +35,9 @@ the one before, so that it's found about when that one has been moved, if a slow
 equally long."""
 LOOK_WINDOW = 4 * 1024 * 1024
 """After how many more bytes we look whether somebody has begun to wait."""
+
+MAX_FILLS = 512
+"""How many extents of a batch become holes or zeros at most: far apart, they take ten characters each."""
 
 BATCH_BLOCKS = 65536
 """How many changed blocks make up a batch at most: their digests may have to travel with it."""
@@ -247,7 +250,7 @@ class _Accumulator:
         self.fills: dict[str, list[Extent]] = {HOLES: [], ZEROS: []}
         self.digests: list[BlockDigest] = []
         self.changed: list[str] = []
-        self.size = self.blocks_compared = self.blocks_changed = self.bytes_compared = 0
+        self.size = self.blocks_compared = self.blocks_changed = self.bytes_compared = self.bytes_read = 0
         self.next_look = self.window
 
     def close(self) -> Batch:
@@ -266,23 +269,25 @@ class _Accumulator:
         return batch
 
     def is_due(self, is_awaited: Callable[[], bool]) -> bool:
-        if self.bytes_compared < self.next_look:
+        if self.bytes_read < self.next_look:
             return False
-        self.next_look = min(self.bytes_compared + LOOK_WINDOW, COMPARE_WINDOW)
-        return self.bytes_compared >= COMPARE_WINDOW or is_awaited()
+        self.next_look = min(self.bytes_read + LOOK_WINDOW, COMPARE_WINDOW)
+        return self.bytes_read >= COMPARE_WINDOW or is_awaited()
 
     def has_room(self, block: Block) -> bool:
         room = self.fills[block.fill] if block.fill else self.extents
         if not room:
             return True
         if self.size + block.size > self.max_size or len(self.changed) == BATCH_BLOCKS:
-            return block.fill == HOLES and len(room) < MAX_PACKED
-        most = MAX_PACKED if block.fill else self.max_extents
+            return block.fill == HOLES and len(room) < MAX_FILLS
+        most = MAX_FILLS if block.fill else self.max_extents
         return len(room) < most or sum(room[-1]) == block.offset
 
     def add(self, block: Block) -> None:
         self.blocks_compared += block.blocks
         self.bytes_compared += block.size
+        if block.blocks == 1:  # a run lies in a hole, and takes no time
+            self.bytes_read += block.size
         if not block.changed:
             return
         self.blocks_changed += block.blocks

@@ -273,7 +273,7 @@ def test_impossible_holes(item):
 
 
 def test_batches_of_holes():
-    """A hole of any size is a part of a batch, which is then over; zeros count like what is moved."""
+    """A hole of any size is a part of a batch, and takes no time; zeros count like what is moved."""
     terabyte = 2**40
     blocks = [
         Block(0, BLOCK, True, "aa"),
@@ -281,12 +281,14 @@ def test_batches_of_holes():
         Block(2 * BLOCK, terabyte, True, "", "holes", terabyte // BLOCK),
         Block(2 * BLOCK + terabyte, BLOCK, True, "bb"),
     ]
-    first, second = make_batches(blocks)
-    assert (first.extents, first.zeros) == ((Extent(0, BLOCK),), (Extent(BLOCK, BLOCK),))
-    assert first.holes == (Extent(2 * BLOCK, terabyte),)
-    assert (first.size, first.blocks_changed) == (BLOCK, 2 + terabyte // BLOCK)
-    assert first.digest == digest_blockwise(["aa"])
-    assert (second.extents, second.holes) == ((Extent(2 * BLOCK + terabyte, BLOCK),), ())
+    (batch,) = make_batches(blocks)
+    assert (batch.extents, batch.zeros) == (
+        (Extent(0, BLOCK), Extent(2 * BLOCK + terabyte, BLOCK)),
+        (Extent(BLOCK, BLOCK),),
+    )
+    assert batch.holes == (Extent(2 * BLOCK, terabyte),)
+    assert (batch.size, batch.blocks_changed) == (2 * BLOCK, 3 + terabyte // BLOCK)
+    assert (batch.bytes_compared, batch.digest) == (3 * BLOCK + terabyte, digest_blockwise(["aa", "bb"]))
 
 
 def test_compare_is_lazy():
