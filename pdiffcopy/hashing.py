@@ -190,11 +190,11 @@ class _Stripes:
     def submit(self, most: int) -> bool:
         """Submit as many as may wait (at least one), and tell whether there are any."""
         while self.position < self.stop and len(self.pending) < most:
-            hole = self._find_hole(self.position + STRIPE_SIZE) if self.grain else Hole(self.stop, 0)
+            blocks = taken = self._count_blocks(most - 1)
+            hole = self._find_hole(self.position + blocks * self.block_size)
             if hole.offset == self.position:
                 self._append_hole(hole)
                 continue
-            blocks = taken = self._count_blocks(most - 1)
             if not self.hashers.budget.take(blocks):
                 if self.pending:
                     break
@@ -214,8 +214,8 @@ class _Stripes:
         :param limit: Where to stop looking: a file may have more holes than can be counted in a moment.
         :returns: The run (one of no size where the search has ended, or where the file does).
         """
-        limit = min(-(-limit // self.block_size) * self.block_size, self.stop)
-        for offset, size in self.file.holes(self.position, self.stop):
+        limit = min(limit, self.stop)
+        for offset, size in self.file.holes(self.position, self.stop) if self.grain else ():
             if offset >= limit:
                 break
             begin, end = -(-offset // self.block_size) * self.block_size, offset + size

@@ -22,6 +22,7 @@ from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, Rep
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.names import MACHINE, Namespace, create_file, find_room, sync_folder
+from pdiffcopy.files.room import get_room
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
@@ -211,13 +212,13 @@ class LocalReplica(Replica):
 
     def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
         """See :meth:`Replica.info`."""
-        peer = PeerInfo(__version__, FEATURES, get_methods(), room=find_room(self.filename, self.namespace))
         try:
             with self._open() as file:
                 file.claims.check(run)
-                return file.info(), peer
+                info, room = file.info(), get_room(file.fd)
         except FileMissingError:
-            return FileInfo(exists=False), peer
+            info, room = FileInfo(exists=False), find_room(self.filename, self.namespace)
+        return info, PeerInfo(__version__, FEATURES, get_methods(), room=room)
 
     def hashes(
         self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0

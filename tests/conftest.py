@@ -9,7 +9,7 @@ import socket
 import pytest
 import trustme
 
-from tests.support import STALL, loop_device, mounted, start_old_peer, start_server, write_pattern
+from tests.support import IMPATIENCE, loop_device, mounted, start_old_peer, start_server, write_pattern
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +53,7 @@ def launch_old(tmp_path_factory):
 @pytest.fixture(scope="session")
 def impatient(tmp_path_factory):
     """A server of one process that gives up on clients that stall soon."""
-    setup = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
-    server = start_server(tmp_path_factory.mktemp("impatient"), "-c", "1", setup=setup)
+    server = start_server(tmp_path_factory.mktemp("impatient"), "-c", "1", setup=IMPATIENCE)
     yield server
     server.stop()
     assert "Traceback" not in server.log.read_text()

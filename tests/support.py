@@ -20,6 +20,8 @@ import pytest
 STARTUP_TIMEOUT = 20
 RUN_TIMEOUT = 120
 STALL = 1
+IMPATIENCE = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
+"""What makes a server give up soon on clients that stall."""
 """How long the server of the fixture ``impatient`` waits for a client, in seconds."""
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.client import pipeline
-from pdiffcopy.files import localfile
+from pdiffcopy.files import kernel
 from pdiffcopy.files.holes import find_holes
 from pdiffcopy.replica import LocalReplica
 from tests.support import error_lines, ext4, loop_device, make_data, mounted, run_pdiffcopy, start_server
@@ -265,7 +265,7 @@ def test_devices_that_are_too_small(tmp_path, options):
 def test_file_systems_without_holes_get_zeros(one_disk, monkeypatch):
     """Written as such, in parts that a request can ask for."""
     write(one_disk / "file", "abc")
-    monkeypatch.setattr(localfile, "make_hole", lambda *_: False)
+    monkeypatch.setattr(kernel, "punch_hole", lambda *_: False)
     monkeypatch.setattr(pipeline, "BATCH_SIZE", MEBIBYTE)
     target = LocalReplica(str(one_disk / "file"))
     plan = type("Plan", (), {"run": ""})

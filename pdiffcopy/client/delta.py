@@ -76,6 +76,11 @@ Item = BlockDigest | Hole
 """What is known of a block, or of several."""
 
 
+def get_end(item: Item, block_size: int) -> int:
+    """Where the next item begins, unless this one is the last."""
+    return sum(item) if isinstance(item, Hole) else item.offset + block_size
+
+
 def in_order(digests: Iterable[Item], start: int, stop: int, block_size: int) -> Iterator[Item]:
     """
     Put a stream of digests in order, and distrust it.
@@ -108,7 +113,7 @@ def in_order(digests: Iterable[Item], start: int, stop: int, block_size: int) ->
         while expected in early:
             item = early.pop(expected)
             yield item
-            expected = sum(item) if isinstance(item, Hole) else expected + block_size
+            expected = get_end(item, block_size)
         if expected >= stop:
             return
     if expected < stop:
@@ -167,8 +172,7 @@ class Comparison:
 
     def _get_end(self, item: Item) -> int:
         """Where the blocks of the source end that an item stands for: those of the target may be shorter."""
-        size = -(-item.size // self.block_size) * self.block_size if isinstance(item, Hole) else self.block_size
-        return min(item.offset + size, self.size)
+        return min(-(-get_end(item, self.block_size) // self.block_size) * self.block_size, self.size)
 
     def _judge(self, left: Item, right: Item | None, offset: int, size: int) -> Block:
         is_hole = isinstance(left, Hole)

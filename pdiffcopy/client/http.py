@@ -36,8 +36,8 @@ from pdiffcopy.exceptions import (
 )
 from pdiffcopy.features import FEATURE_ANSWER
 from pdiffcopy.files.buffers import CHUNK_SIZE
-from pdiffcopy.files.sockets import decrypt
-from pdiffcopy.files.splice import Chunk, Piped, receive
+from pdiffcopy.files.sockets import receive_rest
+from pdiffcopy.files.splice import Chunk, Piped
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.protocol import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, Request
 from pdiffcopy.replica import Reading
@@ -250,12 +250,7 @@ class HttpAnswer:
         """Take what was read together with the header, then receive the rest without a detour."""
         ahead = original.fp.read(len(original.fp.peek(1)[:size]))
         raw: Any = original.fp.raw
-        sock = raw._sock
-        if isinstance(sock, ssl.SSLSocket):
-            yield from decrypt(sock, ahead, size)
-        else:
-            yield ahead
-            yield from receive(sock.fileno(), size - len(ahead), self._timeout)
+        yield from receive_rest(raw._sock, ahead, size, self._timeout)
 
 
 class _Body:

@@ -30,7 +30,7 @@ from pdiffcopy.answers import (
     parse_hashes,
 )
 from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, count_blocks, total_size
-from pdiffcopy.client.delta import in_order
+from pdiffcopy.client.delta import get_end, in_order
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.exceptions import (
     FileMissingError,
@@ -177,7 +177,7 @@ class RemoteReplica(Replica):
             try:
                 for item in in_order(self._hash_lines(request, position, end), position, end, block_size):
                     yield [item]
-                    position = sum(item) if isinstance(item, Hole) else position + block_size
+                    position = get_end(item, block_size)
                     patience.succeeded()
             except TransientError as e:
                 patience.failed(e)

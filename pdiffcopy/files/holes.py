@@ -1,5 +1,5 @@
 """
-Where has a file nothing, and how does a part of it become nothing?
+Where has a file nothing?
 
 A *hole* is a part of a file that takes no room on the disk, and reads as zeros (lseek(2), ``SEEK_HOLE``). A file system
 keeps track of blocks, its *grain*: what is smaller than one of them is no hole. Devices have none.
@@ -12,9 +12,6 @@ import os
 from collections.abc import Iterator
 
 from pdiffcopy.blocks import Extent
-from pdiffcopy.files import kernel
-
-_UNSUPPORTED = frozenset([errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL])
 
 
 def find_holes(fd: int, start: int, stop: int, grain: int = 1) -> Iterator[Extent]:
@@ -50,14 +47,3 @@ def find_holes(fd: int, start: int, stop: int, grain: int = 1) -> Iterator[Exten
 def get_grain(fd: int) -> int:
     """The size of the blocks of the file system that a file is in, in bytes."""
     return max(os.fstatvfs(fd).f_bsize, 1)
-
-
-def make_hole(fd: int, extent: Extent) -> bool:
-    """Let a part of a file become a hole, if the file system can do that. What isn't a whole block becomes zeros."""
-    try:
-        kernel.punch_hole(fd, *extent)
-        return True
-    except OSError as e:
-        if e.errno not in _UNSUPPORTED:
-            raise
-        return False

@@ -42,6 +42,8 @@ PSEUDO = frozenset(
 
 _WRITE_AND_WAIT = 0x1 | 0x2 | 0x4
 """``SYNC_FILE_RANGE_WAIT_BEFORE | _WRITE | _WAIT_AFTER`` (linux/fs.h)."""
+_NO_FALLOCATE = frozenset([errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL])
+"""How file systems refuse it that don't have it (fallocate(2))."""
 _PUNCH_HOLE = 0x1 | 0x2
 """``FALLOC_FL_KEEP_SIZE | _PUNCH_HOLE`` (linux/falloc.h)."""
 _WINDOW = 1024**3
@@ -71,14 +73,32 @@ def write_back(fd: int, offset: int, size: int) -> None:
         os.fdatasync(fd)
 
 
-def punch_hole(fd: int, offset: int, size: int) -> None:
-    """Let a part of a file become a hole, and leave the size of the file as it is (fallocate(2))."""
-    _check(_libc.fallocate(fd, _PUNCH_HOLE, offset, size))
+def punch_hole(fd: int, offset: int, size: int) -> bool:
+    """
+    Let a part of a file become a hole (or zeros, where that's no whole block). The size of the file stays as it is.
+
+    :returns: :data:`False` when the file system can't do that.
+    """
+    return _fallocate(fd, _PUNCH_HOLE, offset, size)
 
 
-def allocate(fd: int, size: int) -> None:
-    """Give a file this size at least, and all of its room on the disk (fallocate(2); glibc would write zeros)."""
-    _check(_libc.fallocate(fd, 0, 0, size))
+def allocate(fd: int, size: int) -> bool:
+    """
+    Give a file this size at least, and all of its room on the disk, in as few parts as possible.
+
+    :returns: :data:`False` when the file system can't do that (glibc would write zeros then).
+    """
+    return _fallocate(fd, 0, 0, size)
+
+
+def _fallocate(fd: int, mode: int, offset: int, size: int) -> bool:
+    try:
+        _check(_libc.fallocate(fd, mode, offset, size))
+        return True
+    except OSError as e:
+        if e.errno not in _NO_FALLOCATE:
+            raise
+        return False
 
 
 def count_cached_pages(fd: int, size: int) -> int:

@@ -30,11 +30,10 @@ from pdiffcopy.exceptions import (
 from pdiffcopy.files import kernel
 from pdiffcopy.files.buffers import CHUNK_SIZE, borrow_buffer
 from pdiffcopy.files.claims import Claims
-from pdiffcopy.files.holes import find_holes, get_grain, make_hole
+from pdiffcopy.files.holes import find_holes, get_grain
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
-from pdiffcopy.files.room import reserve
 from pdiffcopy.files.sockets import wait_for_room
 from pdiffcopy.files.splice import Chunk, Piped, spread
 
@@ -308,7 +307,7 @@ class LocalFile:
 
     def _make_hole(self, extent: Extent) -> bool:
         with translating("make a hole in", self.filename):
-            return not self.is_device and make_hole(self.fd, extent)
+            return not self.is_device and kernel.punch_hole(self.fd, *extent)
 
     def _check_cleared(self, extent: Extent) -> None:
         """Read what isn't in a hole, which is little where there are holes now."""
@@ -343,7 +342,7 @@ class LocalFile:
         """
         if not self.is_device:
             with translating("resize", self.filename):
-                if not (in_advance and size and reserve(self.fd, size)):
+                if not (in_advance and size and kernel.allocate(self.fd, size)):
                     os.ftruncate(self.fd, size)
         elif size > self.size():
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"

@@ -1,8 +1,7 @@
-"""How much room does the file system of a file have left, and how is some of it taken in advance?"""
+"""How much room does the file system of a file have left?"""
 
 from __future__ import annotations
 
-import errno
 import os
 
 from pdiffcopy.files import kernel
@@ -16,7 +15,6 @@ _COMPRESSING = frozenset(
     ]
 )
 """File systems that may need less room than a file has bytes (linux/magic.h, and the sources of the last two)."""
-_UNSUPPORTED = frozenset([errno.EOPNOTSUPP, errno.ENOSYS])
 
 
 def get_room(fd: int) -> int | None:
@@ -30,18 +28,3 @@ def get_room(fd: int) -> int | None:
     if not status.f_blocks or kernel.get_file_system(fd) in _COMPRESSING:
         return None
     return status.f_frsize * (status.f_bavail if os.geteuid() else status.f_bfree)
-
-
-def reserve(fd: int, size: int) -> bool:
-    """
-    Take the room for a whole file, in as few parts as possible.
-
-    :returns: :data:`False` when the file system can't do that.
-    """
-    try:
-        kernel.allocate(fd, size)
-        return True
-    except OSError as e:
-        if e.errno not in _UNSUPPORTED:
-            raise
-        return False

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pdiffcopy.files.splice import Chunk, receive
 from pdiffcopy.security import is_loopback
 
 DECRYPTED_SIZE = 1024 * 1024
@@ -74,15 +75,24 @@ def full_packets(sock: socket.socket) -> Iterator[None]:
         cork(False)
 
 
-def decrypt(sock: ssl.SSLSocket, ahead: bytes, size: int) -> Iterator[memoryview]:
+def receive_rest(sock: socket.socket, ahead: bytes, size: int, timeout: float | None) -> Iterator[Chunk]:
     """
-    Receive bytes through an encrypted connection. What :func:`.splice.receive` does can't be done with those.
+    Receive bytes through a connection, encrypted or not.
 
     :param ahead: What somebody else has received of them.
     :param size: How many bytes there are, with those.
+    :param timeout: How long to wait for some of them, in seconds (an encrypted socket knows that by itself).
     :returns: A generator of chunks, each of which is valid until the next one is asked for.
-    :raises: :exc:`OSError` when the connection ends early or nothing arrives for longer than its timeout.
+    :raises: :exc:`OSError` when the connection ends early or nothing arrives for too long.
     """
+    if isinstance(sock, ssl.SSLSocket):
+        yield from _decrypt(sock, ahead, size)
+    else:
+        yield ahead
+        yield from receive(sock.fileno(), size - len(ahead), timeout)
+
+
+def _decrypt(sock: ssl.SSLSocket, ahead: bytes, size: int) -> Iterator[memoryview]:
     with memoryview(mmap.mmap(-1, DECRYPTED_SIZE)) as buffer:  # it begins at a page, see buffers.py
         while size:
             # No chunk but the last one is smaller: those that aren't pages of the file take much longer to write.

@@ -15,13 +15,12 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 from pdiffcopy.exceptions import AbsentError
 from pdiffcopy.files.buffers import CHUNK_SIZE
-from pdiffcopy.files.sockets import decrypt
-from pdiffcopy.files.splice import Chunk, receive
+from pdiffcopy.files.sockets import receive_rest
+from pdiffcopy.files.splice import Chunk
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.server.accesslog import SENT
 
@@ -117,11 +116,7 @@ def _receive(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
     reader, sock = environ["wsgi.input"].reader, environ["gunicorn.socket"]
     # What arrived together with the header.
     ahead = reader.unreader.read(min(length, len(reader.unreader.buf.getvalue())))
-    if isinstance(sock, ssl.SSLSocket):
-        chunks: Iterator[Chunk] = decrypt(sock, ahead, length)
-    else:
-        chunks = chain([ahead], receive(sock.fileno(), length - len(ahead), _get_timeout(sock)))
-    for chunk in chunks:
+    for chunk in receive_rest(sock, ahead, length, _get_timeout(sock)):
         # Gunicorn looks at this to find out whether the next request follows.
         reader.length -= len(chunk)
         yield chunk

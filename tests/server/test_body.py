@@ -10,6 +10,7 @@ import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from io import BytesIO
 from urllib.parse import quote
 
@@ -29,7 +30,7 @@ from pdiffcopy.files.stored import Stored
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.server.body import read_body, send_chunks
 from pdiffcopy.words import Extents
-from tests.support import STALL, make_data, start_server, wait_for, write_pattern
+from tests.support import IMPATIENCE, STALL, make_data, serve_https, start_server, wait_for, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -203,15 +204,10 @@ def talk(server) -> Talk:
     return Talk(ssl._create_unverified_context().wrap_socket(sock) if server.scheme == "https" else sock)
 
 
-def start_secure_server(folder, authority, *options, **keywords):
-    files = "--certfile", str(authority / "server.pem"), "--keyfile", str(authority / "server.key")
-    return start_server(folder, *files, *options, scheme="https", **keywords)
-
-
 @pytest.fixture(scope="module")
 def secure_server(tmp_path_factory, authority):
     """Like the fixture ``server``, with encrypted connections."""
-    server = start_secure_server(tmp_path_factory.mktemp("secure"), authority)
+    server = serve_https(partial(start_server, tmp_path_factory.mktemp("secure")), authority)
     yield server
     server.stop()
     assert "Traceback" not in server.log.read_text()
@@ -220,10 +216,11 @@ def secure_server(tmp_path_factory, authority):
 @pytest.fixture(scope="module")
 def secure_impatient(tmp_path_factory, authority):
     """Like the fixture ``impatient``, with encrypted connections."""
-    setup = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
-    server = start_secure_server(tmp_path_factory.mktemp("secure"), authority, "-c", "1", setup=setup)
+    launch = partial(start_server, tmp_path_factory.mktemp("secure"), "-c", "1", setup=IMPATIENCE)
+    server = serve_https(launch, authority)
     yield server
     server.stop()
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.fixture(params=["server", "secure_server"])
