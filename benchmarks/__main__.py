@@ -10,10 +10,10 @@ Supported options:
   --size=SIZE         the size of the large files (defaults to 1.8GiB)
   --runs=COUNT        how many rounds are measured (defaults to 5; what is slow gets fewer)
   --quick             64 MiB, one round: to see whether it works, the numbers mean nothing
-  --only=NAME,...     only these groups: delta, https, small, cold, scaling, wire, links, long, memory
+  --only=NAME,...     only these groups: delta, cubic, https, small, cold, scaling, wire, links, long, memory
   --directory=PATH    where to make the temporary folder
   --json=FILE         where to write all numbers
-  --svg=FILE          where to draw the picture of the group 'delta'
+  --svg=FILE          where to draw the picture of the groups 'delta' and 'cubic'
   --help
 
 A complete run (no --quick, no --only) writes benchmarks/results.json and docs/benchmark.svg unless told otherwise, any

@@ -27,6 +27,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair
 from benchmarks.links import Link, Machine, UnavailableError
+from benchmarks.servers import LOOPBACK as LOOPBACK_ADDRESS
 from benchmarks.servers import (
     PdiffcopyServer,
     RelayServer,
@@ -72,6 +73,7 @@ class Suite:
         self.memory_size = memory_size
         self.groups: dict[str, Callable[[], None]] = {
             "delta": self.delta,
+            "cubic": self.cubic,
             "https": self.https,
             "small": self.small,
             "cold": self.cold,
@@ -91,36 +93,37 @@ class Suite:
         return self._pair
 
     def delta(self) -> None:
-        """MiBs and pages that differ, and missing targets, with two kinds of congestion control and both directions."""
-        with self._cubic() as (machine, servers):
-            jobs = []
-            for link, servers_there, prefix in ((LOOPBACK, self.servers, ()), (CUBIC, servers, machine.prefix)):
-                for layout, percentages in ((SCATTERED, PERCENTAGES), (PAGES, PERCENTAGES[1:]), (MISSING, (100,))):
-                    for percent in percentages:
-                        for contender in (*RIVALS, DEFAULT):
-                            # rsync takes long to find little in common, and varies little: one round of that has to do.
-                            is_slow = contender is RSYNC_DELTA and (layout == MISSING or percent >= 50)
-                            jobs += self._jobs("delta", contender, layout=layout, percent=percent, link=link,
-                                               servers=servers_there, prefix=prefix, rounds=int(is_slow))  # fmt: skip
-            jobs += self._jobs("delta", XXH128, percent=0)
-            for layout, percent in ((SCATTERED, 0), (SCATTERED, 10), (SCATTERED, 100), (PAGES, 10), (MISSING, 100)):
-                jobs += self._jobs("delta", DEFAULT, layout=layout, percent=percent, direction=UPLOAD)
-            for percent in PERCENTAGES:
-                jobs += self._jobs("delta", LIMIT, percent=percent, rounds=min(2, self.bench.runs))
-            self.bench.run(jobs)
+        """MiBs and pages that differ, and missing targets, in both directions, against rsync and the limit."""
+        jobs = self._changes(LOOPBACK, self.servers)
+        jobs += self._jobs("delta", XXH128, percent=0)
+        for layout, percent in ((SCATTERED, 0), (SCATTERED, 10), (SCATTERED, 100), (PAGES, 10), (MISSING, 100)):
+            jobs += self._jobs("delta", DEFAULT, layout=layout, percent=percent, direction=UPLOAD)
+        for percent in PERCENTAGES:
+            jobs += self._jobs("delta", LIMIT, percent=percent, rounds=min(2, self.bench.runs))
+        self.bench.run(jobs)
+
+    def cubic(self) -> None:
+        """The same downloads with another congestion control than the system has."""
+        with Machine("cubic") as machine, self._serving(machine.prefix) as servers:
+            self.bench.run(self._changes(CUBIC, servers, machine.prefix))
+
+    def _changes(self, link: str, servers: dict[str, Server], prefix: Sequence[str] = ()) -> list[Job]:
+        jobs = []
+        for layout, percentages in ((SCATTERED, PERCENTAGES), (PAGES, PERCENTAGES[1:]), (MISSING, (100,))):
+            for percent in percentages:
+                for contender in (*RIVALS, DEFAULT):
+                    # rsync takes long to find little in common, and varies little: one round of that has to do.
+                    is_slow = contender is RSYNC_DELTA and (layout == MISSING or percent >= 50)
+                    jobs += self._jobs("delta", contender, layout=layout, percent=percent, link=link,
+                                       servers=servers, prefix=prefix, rounds=int(is_slow))  # fmt: skip
+        return jobs
 
     @contextmanager
-    def _cubic(self) -> Iterator[tuple[Machine, dict[str, Server]]]:
+    def _serving(self, prefix: Sequence[str], address: str = LOOPBACK_ADDRESS) -> Iterator[dict[str, Server]]:
+        """Servers somewhere else, of the same kinds as those on loopback."""
+        kinds = {PDIFFCOPY: PdiffcopyServer, RSYNC: RsyncDaemon}
         with ExitStack() as stack:
-            machine = stack.enter_context(Machine("cubic"))
-            kinds = {PDIFFCOPY: PdiffcopyServer, RSYNC: RsyncDaemon}
-            yield (
-                machine,
-                {
-                    kind: stack.enter_context(kinds[kind](self.bench.folder, prefix=machine.prefix))
-                    for kind in self.servers
-                },
-            )
+            yield {kind: stack.enter_context(kinds[kind](self.bench.folder, address, prefix)) for kind in self.servers}
 
     def https(self) -> None:
         """The same work over encrypted connections and over others."""
@@ -194,7 +197,7 @@ class Suite:
     def links(self) -> None:
         """Wires of a limited bandwidth."""
         for name, bandwidth in LINKS.items():
-            with self._linked(bandwidth) as (link, servers):
+            with Link(bandwidth) as link, self._serving(link.server_prefix, link.server_address) as servers:
                 jobs = []
                 # A tenth of the file takes minutes on a slow wire, and leaves little room for anything else to matter.
                 for layout in (SCATTERED, PAGES) if bandwidth >= 10**9 else (PAGES,):
@@ -204,17 +207,6 @@ class Suite:
                                                servers=servers, prefix=link.client_prefix,
                                                rounds=min(3, self.bench.runs))  # fmt: skip
                 self.bench.run(jobs)
-
-    @contextmanager
-    def _linked(self, bandwidth: int) -> Iterator[tuple[Link, dict[str, Server]]]:
-        with ExitStack() as stack:
-            link = stack.enter_context(Link(bandwidth))
-            kinds = {PDIFFCOPY: PdiffcopyServer, RSYNC: RsyncDaemon}
-            servers = {
-                kind: stack.enter_context(kinds[kind](self.bench.folder, link.server_address, link.server_prefix))
-                for kind in self.servers
-            }
-            yield link, servers
 
     def long(self) -> None:
         """A long wire, against a short one with the same relay in between."""
