@@ -149,6 +149,8 @@ def test_errors_do_not_tell_what_is_outside(launch, jail):
                 continue  # makes what's missing, inside the root
             answers = [ask(server, method, endpoint, f"{prefix}/{name}") for name in ("secret", "nobody")]
             texts = [answer.text.replace("nobody", "secret") for answer in answers]
+            # The room left on a disk changes while others write to it.
+            texts = [re.sub(r'"room": \d+', '"room": 0', text) for text in texts]
             assert texts[0] == texts[1]
             assert answers[0].status_code == answers[1].status_code
 
