@@ -25,7 +25,7 @@ from pdiffcopy import digests
 from pdiffcopy.blocks import BlockDigest, Extent, Hole
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.files.buffers import CHUNK_SIZE
-from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.openfile import OpenFile
 
 STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
@@ -54,7 +54,7 @@ def compute_hashes(filename: str, block_size: int, method: str, concurrency: int
               digest of that block (a string). They come in the order of the file, as they become known.
     """
     get_hasher(method)
-    with LocalFile(filename) as file, Hashers(concurrency) as hashers:
+    with OpenFile(filename) as file, Hashers(concurrency) as hashers:
         for stripe in hashers.hash(file, 0, file.size(), block_size, method):
             yield from (item for item in stripe if isinstance(item, BlockDigest))
 
@@ -67,7 +67,7 @@ def hash_worker(offset: int, block_size: int, filename: str, method: str) -> tup
               which is nothing behind its end.
     """
     hasher = get_hasher(method)()
-    with LocalFile(filename) as file:
+    with OpenFile(filename) as file:
         for chunk in file.chunks([file.clip(Extent(offset, block_size))]):
             hasher.update(chunk)
     return offset, hasher.hexdigest()
@@ -124,7 +124,7 @@ class Hashers:
 
     def hash(
         self,
-        file: LocalFile,
+        file: OpenFile,
         start: int,
         stop: int,
         block_size: int,
@@ -153,12 +153,12 @@ class Hashers:
         finally:
             stripes.cancel()
 
-    def digest(self, file: LocalFile, extents: Sequence[Extent], size: int, method: str) -> list[str]:
+    def digest(self, file: OpenFile, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """Digest the pieces of some extents of an open file, see :meth:`.Replica.pieces`, in one of the threads."""
         return self.executor.submit(_digest_pieces, file, extents, size, get_hasher(method)).result()
 
 
-def _digest_pieces(file: LocalFile, extents: Sequence[Extent], size: int, new_hasher: Callable[..., Any]) -> list[str]:
+def _digest_pieces(file: OpenFile, extents: Sequence[Extent], size: int, new_hasher: Callable[..., Any]) -> list[str]:
     file.prepare(extents)
     return [
         new_hasher(chunk[cut : cut + size]).hexdigest()
@@ -173,7 +173,7 @@ class _Stripes:
     def __init__(
         self,
         hashers: Hashers,
-        file: LocalFile,
+        file: OpenFile,
         start: int,
         stop: int,
         block_size: int,
@@ -254,7 +254,7 @@ def _await(future: Future[_Found]) -> Iterator[_Found]:
 
 
 def _hash_stripe(
-    file: LocalFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any], grain: int
+    file: OpenFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any], grain: int
 ) -> _Found:
     # Several small blocks are read at once, a large block in several chunks.
     run = max(CHUNK_SIZE // block_size, 1) * block_size
@@ -275,7 +275,7 @@ def _hash_stripe(
     return found
 
 
-def _find_layouts(file: LocalFile, start: int, stop: int, block_size: int, grain: int) -> dict[int, str]:
+def _find_layouts(file: OpenFile, start: int, stop: int, block_size: int, grain: int) -> dict[int, str]:
     """Tell which blocks have holes, and where: a dot and a digest of that, by the offset of the block."""
     parts: dict[int, list[str]] = {}
     for extent in file.holes(start, stop, grain):

@@ -1,131 +1,40 @@
 """
 What does a client ask a server for, and how is that spelled?
 
-A request is a value: an object of one of the classes in :data:`REQUESTS`, with a field for each word on the wire. The
-client encodes it, the server decodes it, and neither knows the words. What comes in is checked here, completely, so
-that the code behind it can rely on ranges and types. (:mod:`.answers` has the way back.) There is no I/O here.
-
-The requests that version 1.0.1 knows are frozen; :mod:`.features` tells what was added since.
+A request is a value: an object of one of the classes in :data:`REQUESTS`, with a field for each word on the wire.
+(:mod:`.request` has what they have in common, :mod:`.answers` the way back.) The requests that version 1.0.1 knows are
+frozen; :mod:`.features` tells what was added since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar
-from urllib.parse import urlencode
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pdiffcopy import BLOCK_SIZE
 from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, Extent, FileInfo, count_blocks, total_size
 from pdiffcopy.digests import METHOD
 from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
+from pdiffcopy.request import Request
 from pdiffcopy.words import (
     DIGEST,
-    FILE_ID,
+    DIGEST_HEADER,
     MAX_BLOCK_SIZE,
     MAX_CONCURRENCY,
     MAX_EXTENTS,
     RUN,
     Extents,
-    Filename,
     Flag,
     Integer,
     Packed,
     Text,
     check_extents,
-    digest_query,
-    parse_query,
     word,
 )
 
-DIGEST_HEADER = "Pdiffcopy-Digest"
-REQUEST_HEADER = "Pdiffcopy-Request"
-"""The digest of the parameters of a request (:func:`.digest_query`): nothing gets written to the wrong place because a
-bit of an offset was damaged on its way. A server that knows the header answers 422 when it doesn't fit."""
-ANSWER_HEADER = "Pdiffcopy-Answer"
-"""Says to which request an answer belongs (:func:`.sign_answer`): one that was kept or repeated isn't believed."""
-
 MIN_PIECE, MAX_PIECE, MAX_PIECES = 4096, 256 * 1024, 4096
 """How large a piece may be in bytes, and how many of them one request may ask for."""
-
-R = TypeVar("R", bound="Request")
-
-
-class Headers(Protocol):
-    """The headers of a request, whatever holds them."""
-
-    def get(self, name: str, default: str, /) -> str:
-        """The value of a header."""
-
-
-# The requests {{{1
-
-
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class Request:
-    """What a client asks for. The fields are the words on the wire."""
-
-    verb: ClassVar[str]
-    endpoint: ClassVar[str]
-    action: ClassVar[str]
-    """The method of :class:`.Replica` that does what is asked for."""
-    writes: ClassVar[bool] = False
-
-    filename: str = word(Filename())
-    file_id: str = word(FILE_ID, "")
-
-    # What dataclass would generate for each of the classes takes some milliseconds at each start.
-
-    def __repr__(self) -> str:
-        """Name what is asked for."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
-
-    def __eq__(self, other: object) -> bool:
-        """Compare the words."""
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        """Hash the words."""
-        return hash((type(self), *vars(self).values()))
-
-    def encode(self, nonce: str = "") -> tuple[str, dict[str, str]]:
-        """
-        Spell a request.
-
-        :param nonce: A word that no other request has.
-        :returns: A tuple of the query string and the headers.
-        """
-        words: list[tuple[str, Any]] = []
-        headers = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value != item.default or item.metadata["is_frozen"]:
-                text = item.metadata["kind"].write(value)
-                if header := item.metadata["header"]:
-                    headers[header] = text
-                else:
-                    words.append((item.name, text))
-        query = urlencode([*words, ("nonce", nonce)] if nonce else words)
-        return query, {REQUEST_HEADER: digest_query(query), **headers}
-
-    @classmethod
-    def decode(cls: type[R], query: bytes, headers: Headers) -> R:
-        """
-        Read a request.
-
-        :param query: The query string as it came over the wire.
-        :raises: :exc:`.RequestError` (or a subclass of :exc:`.ProgramError` that is as specific) for what isn't one.
-        """
-        given = parse_query(query)
-        values = {}
-        for item in fields(cls):
-            header = item.metadata["header"]
-            text = (headers.get(header, "") or None) if header else given.get(item.name)
-            if text is not None:
-                values[item.name] = item.metadata["kind"].read(item.name, text)
-            elif item.default is MISSING:
-                raise RequestError("The parameter {name} is missing", name=item.name)
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)

@@ -20,6 +20,13 @@ from pdiffcopy.blocks import MAX_OFFSET, Extent, total_size
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import DamagedError, RequestError, TooLargeError
 
+DIGEST_HEADER = "Pdiffcopy-Digest"
+REQUEST_HEADER = "Pdiffcopy-Request"
+"""The digest of the parameters of a request (:func:`.digest_query`): nothing gets written to the wrong place because a
+bit of an offset was damaged on its way. A server that knows the header answers 422 when it doesn't fit."""
+ANSWER_HEADER = "Pdiffcopy-Answer"
+"""Says to which request an answer belongs (:func:`.sign_answer`): one that was kept or repeated isn't believed."""
+
 MAX_BLOCK_SIZE = 1024**3
 """The largest block that one request may ask for or carry, in bytes."""
 MAX_EXTENTS = 128

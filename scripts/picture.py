@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "pdiffcopy"
 
 FLOORS: list[dict[str, str]] = [
     {"ground": r"|cores|exceptions|address|blocks|digests|security"},
-    {"wire": r"words|features|protocol|answers", "files": r"files(\..*)?", "processes": r"processes|mp"},
+    {"wire": r"words|features|request|protocol|answers", "files": r"files(\..*)?", "processes": r"processes|mp"},
     {"hashing": r"hashing"},
     {"replica": r"replica"},
     {"client": r"client(\..*)?", "server": r"server(\..*)?", "operations": r"operations"},

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from pdiffcopy.blocks import MAX_OFFSET, Extent
 from pdiffcopy.exceptions import DamagedError, LengthRequiredError, ProgramError, RequestError, TooLargeError
 from pdiffcopy.protocol import (
-    DIGEST_HEADER,
-    REQUEST_HEADER,
     REQUESTS,
     ClaimRequest,
     ClearRequest,
@@ -27,9 +25,11 @@ from pdiffcopy.protocol import (
 )
 from pdiffcopy.replica import Replica
 from pdiffcopy.words import (
+    DIGEST_HEADER,
     MAX_BLOCK_SIZE,
     MAX_EXTENTS,
     MAX_PACKED,
+    REQUEST_HEADER,
     Integer,
     Packed,
     check_digest,

@@ -39,9 +39,9 @@ from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.sockets import receive_rest
 from pdiffcopy.files.splice import Chunk, Piped
 from pdiffcopy.files.stored import Stored
-from pdiffcopy.protocol import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, Request
 from pdiffcopy.replica import Reading
-from pdiffcopy.words import check_digest
+from pdiffcopy.request import Request
+from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_digest
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""

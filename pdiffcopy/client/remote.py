@@ -51,12 +51,12 @@ from pdiffcopy.protocol import (
     PiecesRequest,
     ReadRequest,
     ReleaseRequest,
-    Request,
     ResizeRequest,
     SyncRequest,
     WriteRequest,
 )
 from pdiffcopy.replica import Reading, Replica
+from pdiffcopy.request import Request
 from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
 
 HOLES_WINDOW = 64 * 1024**3

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pdiffcopy.blocks import Extent
-from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.files.sockets import full_packets, takes_plaintext
 from pdiffcopy.files.splice import Chunk
 
@@ -14,7 +14,7 @@ from pdiffcopy.files.splice import Chunk
 class Stored:
     """Bytes in an open file: chunks like any others, or sent as a whole."""
 
-    def __init__(self, file: LocalFile, extents: Sequence[Extent]):
+    def __init__(self, file: OpenFile, extents: Sequence[Extent]):
         """
         Initialize a chunk source.
 
@@ -32,7 +32,7 @@ class Stored:
             self.count(len(chunk))
 
     def send(self, sock: socket.socket) -> None:
-        """Send all of them through a socket, encrypted or not, see :meth:`LocalFile.send`."""
+        """Send all of them through a socket, encrypted or not, see :meth:`OpenFile.send`."""
         with full_packets(sock):
             if not takes_plaintext(sock):
                 for chunk in self:

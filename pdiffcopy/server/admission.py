@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from pdiffcopy.exceptions import AuthenticationError, ForbiddenError
-from pdiffcopy.protocol import Headers
+from pdiffcopy.request import Headers
 from pdiffcopy.security import check_token
 
 NOTED = "pdiffcopy.noted"

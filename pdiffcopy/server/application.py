@@ -31,9 +31,10 @@ from pdiffcopy.files.confinement import Root
 from pdiffcopy.files.names import Namespace
 from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers
 from pdiffcopy.replica import LocalReplica, Reading
+from pdiffcopy.request import Request
 from pdiffcopy.server.admission import NOTED, Gate
 from pdiffcopy.server.body import read_body, send_chunks, watch_client
-from pdiffcopy.words import check_query
+from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_query
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,9 @@ class _Views:
         if authorization and not self.gate.knows(authorization) and not request.environ.get(NOTED):
             self.gate.guesses.note(request.remote_addr or "")
         self.gate.check(request.headers)
-        check_query(request.query_string, request.headers.get(protocol.REQUEST_HEADER, ""))
+        check_query(request.query_string, request.headers.get(REQUEST_HEADER, ""))
 
-    def handle(self, kind: type[protocol.Request]) -> Any:
+    def handle(self, kind: type[Request]) -> Any:
         """Decode a request, and pass it to the view that is named like the method of the replica."""
         if kind.writes and self.settings.read_only:
             raise ForbiddenError("This server is read-only")
@@ -135,7 +136,7 @@ class _Views:
             reading = stack.enter_context(replica.read(request.get_extents(), state_digest, not request.is_exact))
             headers = {"Content-Length": str(reading.size if request.data else 0)}
             if reading.digest:
-                headers[protocol.DIGEST_HEADER] = reading.digest
+                headers[DIGEST_HEADER] = reading.digest
             body = send_chunks(flask.request.environ, reading.chunks if request.data else ())
             response = Response(body, headers=headers, mimetype="application/octet-stream")
             response.call_on_close(stack.pop_all().close)
@@ -210,10 +211,10 @@ def _sign(response: Response) -> Response:
     """Say to which request an answer belongs. Nobody may keep it."""
     response.headers["Cache-Control"] = "no-store"
     if response.is_sequence:
-        response.headers[protocol.DIGEST_HEADER] = compute_digest(response.get_data())
-    if tag := flask.request.headers.get(protocol.REQUEST_HEADER, ""):
-        digest = response.headers.get(protocol.DIGEST_HEADER, "")
-        response.headers[protocol.ANSWER_HEADER] = answers.sign_answer(tag, response.status_code, digest)
+        response.headers[DIGEST_HEADER] = compute_digest(response.get_data())
+    if tag := flask.request.headers.get(REQUEST_HEADER, ""):
+        digest = response.headers.get(DIGEST_HEADER, "")
+        response.headers[ANSWER_HEADER] = answers.sign_answer(tag, response.status_code, digest)
     return response
 
 

@@ -22,7 +22,7 @@ from werkzeug.test import create_environ
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.exceptions import AbsentError, FileError
-from pdiffcopy.files import localfile
+from pdiffcopy.files import openfile
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.splice import Piped
@@ -435,7 +435,7 @@ def test_file_systems_without_sendfile(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(localfile.os, "sendfile", refuse)
+    monkeypatch.setattr(openfile.os, "sendfile", refuse)
     (tmp_path / "file").write_bytes(b"some octets")
     near, far = socket.socketpair()
     with near, far, LocalFile(str(tmp_path / "file")) as file:
