@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from pdiffcopy.blocks import Extent
-from pdiffcopy.replica import LocalReplica, Reading
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading
 
 __all__ = ["get_file_info", "get_file_size", "read_block", "resize_file", "write_block"]
 

@@ -2,32 +2,23 @@
 What can be done with one copy of a file, wherever it is?
 
 A :class:`Replica` is the interface that the client uses and the server serves: each endpoint is one of its methods.
-:class:`LocalReplica` is a file of this machine; ``RemoteReplica`` (in the client's wing) is one behind a server. Code
+:mod:`.localreplica` has a file of this machine; ``RemoteReplica`` (in the client's wing) is one behind a server. Code
 that uses a replica need not know which kind it is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 
-from pdiffcopy import __version__, digests
+from pdiffcopy import digests
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, total_size
-from pdiffcopy.digests import BlockwiseHasher
-from pdiffcopy.exceptions import FileMissingError, ProgramError, RangeError, ReplacedError, SourceChangedError
-from pdiffcopy.features import FEATURES
-from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.files.names import MACHINE, Namespace, create_file, find_room, sync_folder
-from pdiffcopy.files.room import get_room
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole
+from pdiffcopy.exceptions import ProgramError, ReplacedError, SourceChangedError
 from pdiffcopy.files.splice import Chunk
-from pdiffcopy.files.stored import Stored
-from pdiffcopy.hashing import Hashers, get_hasher, get_methods
-
-__all__ = ["LocalReplica", "Reading", "Replica"]
 
 
 @dataclass(frozen=True)
@@ -179,140 +170,3 @@ class Replica(ABC):
 
         :raises: :exc:`.ProgramError` also when it isn't known how that ended: an error of the disk is told only once.
         """
-
-
-class LocalReplica(Replica):
-    """A file of this machine."""
-
-    is_near = True
-
-    def __init__(
-        self,
-        filename: str,
-        namespace: Namespace = MACHINE,
-        hashers: Hashers | None = None,
-        is_awaited: Callable[[], bool] | None = None,
-    ):
-        """
-        Initialize a replica (the file isn't looked at yet).
-
-        :param filename: The name of the file.
-        :param namespace: What the name means.
-        :param hashers: The threads that hash it (by default it gets some of its own).
-        :param is_awaited: Tells whether somebody still waits for what is read (by default somebody does).
-        """
-        self.filename = self.label = filename
-        self.namespace = namespace
-        self.hashers = hashers
-        self.is_awaited = is_awaited
-
-    def check(self) -> None:
-        """Raise what any use of the file would."""
-        self._open().close()
-
-    def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
-        """See :meth:`Replica.info`."""
-        try:
-            with self._open() as file:
-                file.claims.check(run)
-                info, room = file.info(), get_room(file.fd)
-        except FileMissingError:
-            info, room = FileInfo(exists=False), find_room(self.filename, self.namespace)
-        return info, PeerInfo(__version__, FEATURES, get_methods(), room=room)
-
-    def hashes(
-        self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0
-    ) -> Generator[list[BlockDigest | Hole], None, None]:
-        """See :meth:`Replica.hashes`."""
-        get_hasher(method)
-        file = self._open()  # now, and not when the first digest is asked for
-        return self._hash(file, block_size, method, concurrency, start, file.size() if stop is None else stop, grain)
-
-    def _hash(
-        self, file: LocalFile, block_size: int, method: str, concurrency: int, start: int, stop: int, grain: int
-    ) -> Generator[list[BlockDigest | Hole], None, None]:
-        with file, self._get_hashers(concurrency) as hashers:
-            yield from hashers.hash(file, start, stop, block_size, method, concurrency, grain)
-
-    def holes(self, start: int, stop: int, grain: int) -> Iterator[Extent]:
-        """See :meth:`Replica.holes`."""
-        with self._open() as file:
-            yield from file.holes(start, min(stop, file.size()), grain)
-
-    def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
-        """See :meth:`Replica.pieces`."""
-        get_hasher(method)
-        with self._open() as file:
-            self._check_range(file, extents)
-            with self._get_hashers(1) as hashers:
-                return hashers.digest(file, extents, size, method)
-
-    def _get_hashers(self, count: int) -> AbstractContextManager[Hashers]:
-        """Get the threads that this replica was given, which stay, or some of its own."""
-        return nullcontext(self.hashers) if self.hashers else Hashers(count)
-
-    def _check_range(self, file: LocalFile, extents: Sequence[Extent]) -> None:
-        if max(map(sum, extents), default=0) > file.size():
-            text = "Can't read all of {filename} that was asked for: it ends before an extent does"
-            raise RangeError(text, filename=self.label)
-
-    @contextmanager
-    def read(self, extents: Sequence[Extent], state_digest: bool = False, clip: bool = False) -> Iterator[Reading]:
-        """See :meth:`Replica.read`."""
-        with self._open() as file:
-            if clip:
-                extents = [file.clip(extent) for extent in extents]
-            else:
-                self._check_range(file, extents)
-            digest = file.digest(extents) if state_digest else ""
-            yield Reading(Stored(file, extents), digest, size=total_size(extents))
-
-    def digest(self, extents: Sequence[Extent]) -> str:
-        """See :meth:`Replica.digest`."""
-        with self._open() as file:
-            return file.digest(extents)
-
-    def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
-        """See :meth:`Replica.write`."""
-        blockwise = reading.block_size and BlockwiseHasher(reading.block_size, get_hasher(reading.method))
-        with self._open(write=True) as file:
-            file.write(extents, reading.chunks, reading.digest, run, blockwise or None)
-
-    def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
-        """See :meth:`Replica.clear`."""
-        with self._open(write=True) as file:
-            return file.clear(extents, run, keep)
-
-    def resize(self, size: int, run: str = "", in_advance: bool = False) -> None:
-        """See :meth:`Replica.resize`."""
-        if not self.file_id:
-            create_file(self.filename, self.namespace)
-        with self._open(write=True) as file, file.claims.writing(run):
-            file.resize(size, in_advance)
-
-    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
-        """See :meth:`Replica.claim`."""
-        if create:
-            create_file(self.filename, self.namespace, mode)
-        with self._open(write=True) as file:
-            return file.claims.take(run), file.info()
-
-    def release(self, run: str) -> FileInfo:
-        """See :meth:`Replica.release`."""
-        with self._open(write=True) as file:
-            file.claims.release(run)
-            return file.info()
-
-    def sync(self, run: str = "") -> None:
-        """See :meth:`Replica.sync`."""
-        with self._open(write=True) as file:
-            file.claims.flush(run)
-        sync_folder(self.filename, self.namespace)
-
-    def _open(self, write: bool = False) -> LocalFile:
-        try:
-            file = LocalFile(self.filename, write, self.namespace, self.file_id, self.flush)
-        except ReplacedError as e:
-            raise self.describe_replacement(e) from e
-        file.is_awaited = self.is_awaited
-        return file

@@ -21,7 +21,7 @@ FLOORS: list[dict[str, str]] = [
     {"ground": r"|cores|exceptions|address|blocks|digests|security"},
     {"wire": r"words|features|request|protocol|answers", "files": r"files(\..*)?", "processes": r"processes|mp"},
     {"hashing": r"hashing"},
-    {"replica": r"replica"},
+    {"replica": r"replica|localreplica"},
     {"client": r"client(\..*)?", "server": r"server(\..*)?", "operations": r"operations"},
     {"program": r"options|console|cli|__main__"},
 ]

@@ -29,8 +29,8 @@ from pdiffcopy.address import parse_location
 from pdiffcopy.exceptions import FileError
 from pdiffcopy.files.confinement import Root
 from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.operations import read_block, write_block
-from pdiffcopy.replica import LocalReplica
 from pdiffcopy.security import describe_exposure, warn_of_eavesdroppers
 from pdiffcopy.server import Settings, start_server
 from tests.hostile import BEHAVIOURS, HostileProcess

@@ -13,8 +13,8 @@ from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, FileMissingE
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.names import Namespace
+from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.operations import get_file_info, get_file_size, read_block, resize_file, write_block
-from pdiffcopy.replica import LocalReplica
 from tests.support import make_data, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")

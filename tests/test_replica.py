@@ -24,7 +24,8 @@ from pdiffcopy.exceptions import (
 )
 from pdiffcopy.features import FEATURES
 from pdiffcopy.hashing import Hashers, get_hasher
-from pdiffcopy.replica import LocalReplica, Reading, Replica
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading, Replica
 from tests.support import make_data, snapshot, write_pattern
 
 BLOCK = 4096

@@ -15,7 +15,7 @@ from pdiffcopy.blocks import Extent
 from pdiffcopy.client import pipeline
 from pdiffcopy.files import kernel
 from pdiffcopy.files.holes import find_holes
-from pdiffcopy.replica import LocalReplica
+from pdiffcopy.localreplica import LocalReplica
 from tests.support import error_lines, ext4, loop_device, make_data, mounted, run_pdiffcopy, start_server
 
 PAGE = 4096

@@ -22,8 +22,8 @@ import urllib3
 from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo, decode_problem, sign_answer
 from pdiffcopy.client.connections import open_session
+from pdiffcopy.client.exchange import make_foreign_error
 from pdiffcopy.client.network import Network
-from pdiffcopy.client.remote import make_foreign_error
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import (

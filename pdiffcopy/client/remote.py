@@ -1,7 +1,7 @@
 """
 How is a file behind a server read and written?
 
-By requests, which a :class:`Server` exchanges for answers. What a server says is checked before it is believed.
+By requests, which a :class:`.Server` exchanges for answers. What a server says is checked before it is believed.
 
 Every request is idempotent. Requests without a body to speak of are repeated here; a transfer is repeated by
 :mod:`.pipeline`, since the bytes have to come from the other replica again. A stream of hashes that breaks off goes on
@@ -11,11 +11,10 @@ where it was.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from pdiffcopy.address import Address
 from pdiffcopy.answers import (
     CLAIMED,
     CLEARED,
@@ -31,17 +30,15 @@ from pdiffcopy.answers import (
 )
 from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, count_blocks, total_size
 from pdiffcopy.client.delta import get_end, in_order
-from pdiffcopy.client.retry import Patience
+from pdiffcopy.client.exchange import Answer, Server, make_foreign_error
 from pdiffcopy.exceptions import (
     FileMissingError,
-    ProgramError,
     ProtocolError,
     RemoteError,
     ReplacedError,
     TransientError,
 )
 from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME, FEATURE_SPARSE
-from pdiffcopy.files.splice import Chunk
 from pdiffcopy.protocol import (
     ClaimRequest,
     ClearRequest,
@@ -62,61 +59,6 @@ from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
 HOLES_WINDOW = 64 * 1024**3
 """In how large a part of a file a server is asked for holes at a time, in bytes: to look there takes some seconds at
 most, and a hole that is larger is told in parts."""
-
-
-class Answer(Protocol):
-    """What a server answers. Errors that stem from the network are :exc:`.ProgramError` objects."""
-
-    status: int
-    is_signed: bool
-    """Whether it says to which request it belongs."""
-
-    def get_digest(self) -> str:
-        """Return the digest that the server states."""
-
-    def read_document(self) -> bytes:
-        """Read all of the body, which is a short one."""
-
-    def read_lines(self) -> Iterator[bytes]:
-        """Read the body as it arrives."""
-
-    def read_exactly(self, size: int) -> Iterator[Chunk]:
-        """Read the body, which has to have a certain size."""
-
-
-def make_foreign_error(url: str) -> TransientError:
-    """Make an error for an answer that belongs to another request."""
-    text = "{url}: the answer isn't that to the request (does a proxy in between keep or repeat answers?)"
-    return TransientError(text, url=url, status=0)
-
-
-class Server(Protocol):
-    """A way to a server."""
-
-    peer: PeerInfo | None
-    """What it can do (:data:`None` until it has answered for the first time)."""
-
-    def get_address(self, filename: str) -> Address:
-        """Return the address of a file behind it."""
-
-    def get_patience(self) -> Patience:
-        """Return how often something may fail in a row."""
-
-    def exchange(
-        self, request: Request, reading: Reading | None = None, expect: Sequence[int] = (200,)
-    ) -> AbstractContextManager[Answer]:
-        """
-        Exchange a request for an answer with one of the expected statuses.
-
-        :param reading: The body of the request.
-        :raises: The most specific :exc:`.ProgramError`, also in the ``with`` block.
-        """
-
-    def find_remedy(self, filename: str) -> ProgramError | None:
-        """Find out why a server didn't answer that has never answered, if that can be known."""
-
-    def close(self) -> None:
-        """Close the connections of this process."""
 
 
 class RemoteReplica(Replica):

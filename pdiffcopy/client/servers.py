@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pdiffcopy.address import Address
+from pdiffcopy.client.exchange import Server
 from pdiffcopy.client.network import Network
-from pdiffcopy.client.remote import RemoteReplica, Server
+from pdiffcopy.client.remote import RemoteReplica
 from pdiffcopy.exceptions import DependencyError, UsageError
 from pdiffcopy.files.names import make_absolute
-from pdiffcopy.replica import LocalReplica, Replica
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Replica
 
 
 def _open_http(address: Address, network: Network) -> Server:

@@ -30,7 +30,8 @@ from pdiffcopy.exceptions import AbsentError, AuthenticationError, ForbiddenErro
 from pdiffcopy.files.confinement import Root
 from pdiffcopy.files.names import Namespace
 from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers
-from pdiffcopy.replica import LocalReplica, Reading
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
 from pdiffcopy.server.admission import NOTED, Gate
 from pdiffcopy.server.body import read_body, send_chunks, watch_client

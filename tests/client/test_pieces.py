@@ -15,7 +15,7 @@ from pdiffcopy.client.pieces import MOST_SKIPPED, PIECE_SIZE, SAMPLE, Judge, loo
 from pdiffcopy.client.plan import Plan, Verification
 from pdiffcopy.digests import digest_blockwise
 from pdiffcopy.hashing import get_hasher
-from pdiffcopy.replica import LocalReplica
+from pdiffcopy.localreplica import LocalReplica
 from tests.support import write_pattern
 
 BLOCK = 8 * PIECE_SIZE

@@ -26,7 +26,8 @@ from pdiffcopy.exceptions import (
     TransientError,
     VerificationError,
 )
-from pdiffcopy.replica import LocalReplica, Reading
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading
 from tests.support import make_data, write_pattern
 
 BLOCK = 1000

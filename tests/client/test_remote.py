@@ -33,7 +33,8 @@ from pdiffcopy.exceptions import (
 )
 from pdiffcopy.features import FEATURE_ANSWER, FEATURES
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.replica import LocalReplica, Reading
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading
 from tests.support import find_free_port
 
 FILE = "/the file"

@@ -11,7 +11,7 @@ from pdiffcopy.client import Network
 from pdiffcopy.client.remote import RemoteReplica
 from pdiffcopy.client.servers import SCHEMES, Servers
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.replica import LocalReplica
+from pdiffcopy.localreplica import LocalReplica
 from tests.support import write_pattern
 
 REMOTE = Address("/x", "host")

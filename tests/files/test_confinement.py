@@ -10,7 +10,7 @@ import pytest
 from pdiffcopy.exceptions import FileError, FileForbiddenError, FileMissingError
 from pdiffcopy.files.confinement import Root
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.replica import LocalReplica
+from pdiffcopy.localreplica import LocalReplica
 
 READ = os.O_RDONLY | os.O_CLOEXEC
 LOOK = os.O_PATH | os.O_CLOEXEC
