@@ -8,6 +8,7 @@ File information, streams of digests, flags and problems: this is the way back o
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,17 @@ from http import HTTPStatus
 from itertools import islice
 from typing import Any
 
-from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, BlockDigest, Extent, FileInfo, Hole
+from pdiffcopy.blocks import (
+    MAX_ID,
+    MAX_MODE,
+    MAX_OFFSET,
+    SET_ID_BITS,
+    BlockDigest,
+    Extent,
+    FileInfo,
+    Hole,
+    Metadata,
+)
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import ProgramError, ProtocolError, ReportedError, TransientError
 from pdiffcopy.features import FEATURES
@@ -238,6 +249,47 @@ def decode_holes(text: bytes, start: int, stop: int) -> tuple[list[Extent], int]
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ProtocolError("The server states impossible holes")
+
+
+def decode_metadata(text: bytes) -> Metadata:
+    """
+    Read the answer to ``GET /metadata``.
+
+    :raises: :exc:`.ProtocolError` when it isn't one.
+    """
+    try:
+        document = json.loads(text)
+        found = Metadata(**{name: document[name] for name in vars(Metadata())})
+        bounds = (found.mode, MAX_MODE | SET_ID_BITS), (found.uid, MAX_ID), (found.gid, MAX_ID)
+        is_possible = all(type(number) is int and 0 <= number <= most for number, most in bounds)
+        has_names = all(re.fullmatch(r"[^\0:/]{0,256}", name) for name in (found.owner, found.group))
+        if is_possible and has_names and type(found.mtime_ns) is int and abs(found.mtime_ns) < 10**30:
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ProtocolError("The server states impossible metadata")
+
+
+def encode_staged(filename: str, claimed: bool, shares: bool, info: FileInfo) -> str:
+    """Make the last line but one of the answer to ``POST /stage``."""
+    name = os.fsencode(filename).decode("latin-1")
+    return json.dumps({"filename": name, CLAIMED: claimed, "shares": shares, **info.as_dict()})
+
+
+def decode_staged(text: bytes) -> tuple[str, bool, bool, FileInfo]:
+    """
+    Read what :func:`encode_staged` makes.
+
+    :raises: :exc:`.ProtocolError` when that isn't it.
+    """
+    info, _ = decode_info(text, exists=True)
+    try:
+        filename = os.fsdecode(json.loads(text)["filename"].encode("latin-1"))
+        if filename.startswith("/") and "\0" not in filename:
+            return filename, decode_flag(text, CLAIMED), decode_flag(text, "shares"), info
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ProtocolError("The server states an impossible name")
 
 
 def decode_flag(text: bytes, name: str) -> bool:

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "HOLES",
+    "MAX_ID",
     "MAX_MODE",
     "MAX_OFFSET",
+    "SET_ID_BITS",
     "ZEROS",
     "Block",
     "BlockDigest",
     "Extent",
     "FileInfo",
     "Hole",
+    "Metadata",
     "block_length",
     "count_blocks",
     "cut",
@@ -38,6 +41,10 @@ MAX_OFFSET = 2**63 - 1
 """The largest offset that Linux knows (``off_t``)."""
 MAX_MODE = 0o777
 """The permission bits of a file, without those that change the identity of a process (set-id)."""
+MAX_ID = 2**32 - 2
+"""The highest number of a user or a group (the one after it means that there is none)."""
+SET_ID_BITS = 0o7000
+"""Those, and the one that goes with them (sticky)."""
 
 
 class BlockDigest(NamedTuple):
@@ -116,6 +123,21 @@ class FileInfo:
     def as_dict(self) -> dict[str, Any]:
         """All members but :attr:`exists` (none at all when there is no file)."""
         return {name: value for name, value in vars(self).items() if name != "exists"} if self.exists else {}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file has beside its contents. What is :data:`None` is left as it is."""
+
+    mode: int | None = None
+    """The permission bits, with those of :data:`SET_ID_BITS`."""
+    uid: int | None = None
+    owner: str = ""
+    """The name of the owner, which counts for more than the number where it's known (empty: there is none)."""
+    gid: int | None = None
+    group: str = ""
+    mtime_ns: int | None = None
+    """The time of the last modification in nanoseconds since 1970, which may be negative."""
 
 
 def block_length(offset: int, size: int, block_size: int) -> int:

@@ -54,6 +54,20 @@ Supported options:
 
     Flush TARGET to its disk before reporting success.
 
+  --atomic
+
+    Leave TARGET as it is until a new version, beside it, is complete, verified and flushed, and takes its place in one
+    step. It begins as a clone of TARGET where the file system has those, otherwise as a copy. One that a failed run has
+    left ('.NAME.pdiffcopy') is gone on with by the next one.
+
+  -p, --perms
+  -t, --times
+  -o, --owner
+  -g, --group
+
+    Give TARGET the permission bits (those of set-id too), the modification time, the owner, the group of SOURCE.
+    Users and groups are found by their names, and by their numbers where there are no such names.
+
   --sparse=WHEN
 
     What becomes of holes, which are parts of a file that take no room on the disk: 'auto' makes them where SOURCE has
@@ -91,6 +105,10 @@ Supported options:
   --devices
 
     Server: serve block devices too, not only regular files.
+
+  --allow-set-id
+
+    Server: let clients that use -p set the set-id bits of a file.
 
   --certfile=FILE, --keyfile=FILE
 
@@ -203,8 +221,8 @@ def run_client(**options: Any) -> None:
 
     :param options: The options of the command line by their long names (with underscores): ``source``, ``target``,
                     ``block_size``, ``hash_method``, ``whole_file``, ``concurrency``, ``dry_run``, ``benchmark``,
-                    ``no_verify``, ``fsync``, ``sparse``, ``timeout``, ``retries``, ``token_file``, ``ca_file``,
-                    ``json``.
+                    ``no_verify``, ``fsync``, ``atomic``, ``perms``, ``times``, ``owner``, ``group``, ``sparse``,
+                    ``timeout``, ``retries``, ``token_file``, ``ca_file``, ``json``.
     """
     as_json = options.pop("json", False)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -259,8 +277,8 @@ def run_server(**options: Any) -> None:
     Run the server program.
 
     :param options: The options of the command line by their long names (with underscores): ``address``,
-                    ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``certfile``, ``keyfile``,
-                    ``allow_hosts``, ``access_log``.
+                    ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``allow_set_id``,
+                    ``certfile``, ``keyfile``, ``allow_hosts``, ``access_log``.
     """
     try:
         with _starting():
@@ -268,7 +286,7 @@ def run_server(**options: Any) -> None:
             from pdiffcopy.server import Settings, start_server
     except ImportError as e:
         raise DependencyError.of("server", e) from e
-    names = ("root", "read_only", "devices", "allow_hosts")
+    names = ("root", "read_only", "devices", "allow_set_id", "allow_hosts")
     settings: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     settings["token"] = load_token(options.pop("token_file", ""))
     start_server(settings=Settings(**settings), **options)

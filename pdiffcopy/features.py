@@ -15,6 +15,13 @@ The rest a client uses only when the server lists it as a *feature* in its answe
 :data:`FEATURE_ANSWER`
     Each answer to a request with the header :data:`.REQUEST_HEADER` says in :data:`.ANSWER_HEADER` to which request it
     belongs (:func:`.sign_answer`), and documents state their digest in :data:`.DIGEST_HEADER`.
+:data:`FEATURE_ATOMIC`
+    ``POST /stage?filename=&run=`` lets a new version of a file begin beside the old one, with its contents and all that
+    belongs to it, and claims it. While that takes time, empty lines keep the connection alive; the last lines are a
+    document, which says what the new version is called and what ``/info`` says of it, and :data:`.DONE`, or there is a
+    problem. ``takes=`` is the room that it takes at least, ``mode=`` for whom it is where there is no old version.
+    ``POST /commit?filename=&new_id=&file_id=&ctime_ns=`` lets it take the place of the old one (after a flush), unless
+    that has changed, and answers with what ``/info`` says of it.
 :data:`FEATURE_BLOCKWISE`
     ``POST /blocks`` with ``block_size=`` (and ``method=``) states a blockwise digest: that of its blocks' digests
     (:mod:`.digests`).
@@ -33,6 +40,9 @@ The rest a client uses only when the server lists it as a *feature* in its answe
 :data:`FEATURE_EXTENTS`
     ``/blocks`` takes ``extents=OFFSET:SIZE,OFFSET:SIZE,...`` instead of offset and size: the body carries the bytes
     of all of them, one after the other.
+:data:`FEATURE_METADATA`
+    ``GET /metadata?filename=`` tells mode, owner, group and time of a file, ``POST /metadata`` sets what is given of
+    them. With ``in_advance=1`` owner and group are set, and of the rest only what would be refused is.
 :data:`FEATURE_PIECES`
     ``GET /pieces?filename=&extents=&size=&method=`` answers with the digests of the pieces of some extents, as they
     are, one after the other. And ``/blocks`` takes ``packed=``, which are extents in a short form (:class:`.Packed`).
@@ -57,15 +67,18 @@ The rest a client uses only when the server lists it as a *feature* in its answe
 from __future__ import annotations
 
 FEATURE_ANSWER, FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "answer", "blockwise", "claim", "digest"
+FEATURE_ATOMIC, FEATURE_METADATA = "atomic", "metadata"
 FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_RESUME, FEATURE_SYNC = "extents", "pieces", "resume", "sync"
 FEATURE_SPARSE = "sparse"
 FEATURES = frozenset(
     [
         FEATURE_ANSWER,
+        FEATURE_ATOMIC,
         FEATURE_BLOCKWISE,
         FEATURE_CLAIM,
         FEATURE_DIGEST,
         FEATURE_EXTENTS,
+        FEATURE_METADATA,
         FEATURE_PIECES,
         FEATURE_RESUME,
         FEATURE_SPARSE,

@@ -7,20 +7,22 @@ The server serves such a replica, and the client uses one where a location is ne
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from pdiffcopy import __version__
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, total_size
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
 from pdiffcopy.digests import BlockwiseHasher
-from pdiffcopy.exceptions import FileMissingError, RangeError, ReplacedError
+from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, RangeError, ReplacedError
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.metadata import read_metadata, write_metadata
 from pdiffcopy.files.names import MACHINE, Namespace, create_file, find_room, sync_folder
 from pdiffcopy.files.room import get_room
+from pdiffcopy.files.staging import NewVersion
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
-from pdiffcopy.replica import Reading, Replica
+from pdiffcopy.replica import Reading, Replica, Staged
 
 
 class LocalReplica(Replica):
@@ -144,6 +146,37 @@ class LocalReplica(Replica):
         with self._open(write=True) as file:
             file.claims.release(run)
             return file.info()
+
+    def metadata(self) -> Metadata:
+        """See :meth:`.Replica.metadata`."""
+        with self._open() as file:
+            return read_metadata(file.fd, self.filename)
+
+    def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
+        """See :meth:`.Replica.set_metadata`."""
+        with self._open(write=True) as file, file.claims.writing(run):
+            write_metadata(file.fd, self.filename, metadata, in_advance)
+
+    def stage(self, run: str, mode: int = FileInfo.mode, takes: int = 0) -> Staged:
+        """See :meth:`.Replica.stage`."""
+        version, shares = NewVersion(self.filename, self.namespace), False
+        with ExitStack() as stack:
+            old = stack.enter_context(self._open()) if self.file_id else None
+            if old and old.is_device:
+                text = "Can't replace {filename} by a new version: it is a block device"
+                raise FileForbiddenError(text, filename=self.filename)
+            new = stack.enter_context(version.open(mode, old))
+            new.is_awaited = self.is_awaited
+            claimed = new.claims.take(run)
+            if old:
+                shares = version.fill(old, new, run if claimed else "", takes)
+            return Staged(version.filename, claimed, shares, new.info())
+
+    def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
+        """See :meth:`.Replica.commit`."""
+        NewVersion(self.filename, self.namespace).take_place(new_id, self.file_id, ctime_ns, run)
+        sync_folder(self.filename, self.namespace)
+        return self.pinned(new_id).info()[0]
 
     def sync(self, run: str = "") -> None:
         """See :meth:`Replica.sync`."""

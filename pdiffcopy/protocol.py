@@ -13,13 +13,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pdiffcopy import BLOCK_SIZE
-from pdiffcopy.blocks import MAX_MODE, MAX_OFFSET, Extent, FileInfo, count_blocks, total_size
+from pdiffcopy.blocks import (
+    MAX_ID,
+    MAX_MODE,
+    MAX_OFFSET,
+    SET_ID_BITS,
+    Extent,
+    FileInfo,
+    Metadata,
+    count_blocks,
+    total_size,
+)
 from pdiffcopy.digests import METHOD
 from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
 from pdiffcopy.request import Request
 from pdiffcopy.words import (
+    ACCOUNT,
     DIGEST,
     DIGEST_HEADER,
+    FILE_ID,
     MAX_BLOCK_SIZE,
     MAX_CONCURRENCY,
     MAX_EXTENTS,
@@ -29,6 +41,7 @@ from pdiffcopy.words import (
     Integer,
     Packed,
     Text,
+    Time,
     check_extents,
     word,
 )
@@ -231,6 +244,60 @@ class ReleaseRequest(Request):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class MetadataRequest(Request):
+    """The metadata of a file."""
+
+    verb, endpoint, action = "GET", "metadata", "metadata"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class SetMetadataRequest(Request):
+    """Other metadata for a file: those that are given."""
+
+    verb, endpoint, action, writes = "POST", "metadata", "set_metadata", True
+
+    mode: int | None = word(Integer(0, MAX_MODE | SET_ID_BITS), None)
+    uid: int | None = word(Integer(0, MAX_ID), None)
+    owner: str = word(ACCOUNT, "")
+    gid: int | None = word(Integer(0, MAX_ID), None)
+    group: str = word(ACCOUNT, "")
+    mtime_ns: int | None = word(Time(), None)
+    in_advance: bool = word(Flag(), False)
+    run: str = word(RUN, "")
+
+    @classmethod
+    def of(cls, metadata: Metadata, **words: Any) -> SetMetadataRequest:
+        """Make a request for some metadata."""
+        return cls(**vars(metadata), **words)
+
+    def get_metadata(self) -> Metadata:
+        """Return what is given."""
+        return Metadata(**{name: getattr(self, name) for name in vars(Metadata())})
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class StageRequest(Request):
+    """A new version of a file, beside the old one, and the right to write to it, for one run."""
+
+    verb, endpoint, action, writes = "POST", "stage", "stage", True
+
+    run: str = word(RUN)
+    mode: int = word(Integer(0, MAX_MODE), FileInfo.mode)
+    takes: int = word(Integer(), 0)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class CommitRequest(Request):
+    """The end of the old version of a file: the new one takes its place."""
+
+    verb, endpoint, action, writes = "POST", "commit", "commit", True
+
+    new_id: str = word(FILE_ID)
+    ctime_ns: int = word(Time(), 0)
+    run: str = word(RUN, "")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SyncRequest(Request):
     """A flush of a file to its disk."""
 
@@ -254,6 +321,10 @@ REQUESTS: tuple[type[Request], ...] = (
     ResizeRequest,
     ClaimRequest,
     ReleaseRequest,
+    MetadataRequest,
+    SetMetadataRequest,
+    StageRequest,
+    CommitRequest,
     SyncRequest,
 )
 """All there are: what a server answers."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pdiffcopy import digests
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, Metadata
 from pdiffcopy.exceptions import ProgramError, ReplacedError, SourceChangedError
 from pdiffcopy.files.splice import Chunk
 
@@ -35,6 +35,18 @@ class Reading:
     """The hash method of the blocks in that case."""
     size: int = 0
     """How many bytes there are, as far as somebody has to know that before they come."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A new version of a file, which lies beside it."""
+
+    filename: str
+    claimed: bool
+    """Whether the run that has begun it is the only one that may write to it."""
+    shares: bool
+    """Whether it has the contents of the old version, which are the same bytes on the disk."""
+    info: FileInfo
 
 
 class Replica(ABC):
@@ -161,6 +173,40 @@ class Replica(ABC):
         End a claim. That it was lost or ended before is no error (:meth:`info` tells).
 
         :returns: What the file is at the end.
+        """
+
+    @abstractmethod
+    def metadata(self) -> Metadata:
+        """Tell whose the file is, who may use it, and when it was changed."""
+
+    @abstractmethod
+    def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
+        """
+        Give the file other metadata.
+
+        :param in_advance: Whether the contents are still to come: owner and group are set, of the rest it's only found
+                           out whether it may be.
+        """
+
+    @abstractmethod
+    def stage(self, run: str, mode: int = FileInfo.mode, takes: int = 0) -> Staged:
+        """
+        Let a new version of the file begin beside it, or go on with one that was begun, and let a run write to that.
+
+        :param mode: Whom it is for at most, while there is no old version.
+        :param takes: How many bytes of room it takes at least.
+        """
+
+    @abstractmethod
+    def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
+        """
+        Let the new version take the place of the old one, in one step. It has been flushed before.
+
+        :param new_id: Which file it is.
+        :param ctime_ns: When the old version was changed for the last time (it is pinned; unless it is, there is none).
+        :raises: :exc:`.ReplacedError` when it has been changed since, :exc:`.TakenOverError` when another run has
+                 claimed the new version.
+        :returns: What the file is from then on.
         """
 
     @abstractmethod

@@ -109,6 +109,16 @@ class Integer(Text):
         return int(text)
 
 
+class Time(Text):
+    """A number of nanoseconds since 1970, which may be negative."""
+
+    def read(self, name: str, text: str) -> int:
+        """See :meth:`Text.read`."""
+        if not re.fullmatch(r"0|-?[1-9][0-9]{0,29}", text):
+            raise RequestError("The parameter {name} is no time: {value}", name=name, value=repr(text[:40]))
+        return int(text)
+
+
 class Flag(Integer):
     """1 or 0."""
 
@@ -226,6 +236,7 @@ def check_extents(extents: Sequence[Extent], most: int = MAX_BLOCK_SIZE) -> None
 
 FILE_ID = Word(r"[!-~]{1,80}", "{value} isn't the identity of a file")
 RUN = Word(r"[0-9a-f]{1,64}", "The run {value} isn't a word of hexadecimal digits")
+ACCOUNT = Word(r"[^\0:/]{1,256}", "{value} isn't the name of a user or a group")
 DIGEST = Word(r"[0-9a-f]{32}", "{value} isn't a digest of 32 hexadecimal digits")
 
 

@@ -23,6 +23,8 @@ STALL = 1
 IMPATIENCE = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
 """What makes a server give up soon on clients that stall."""
 """How long the server of the fixture ``impatient`` waits for a client, in seconds."""
+DISKS = {"ext4": 64 * 2**20, "xfs": 320 * 2**20, "btrfs": 128 * 2**20}
+"""File systems to test with, and how large they are in bytes."""
 
 
 def find_free_port() -> int:
@@ -249,3 +251,19 @@ def mounted(folder: Path, kind: str, options: str = "rw", device: os.PathLike | 
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def disk_of_kind(kind: str, folder: Path) -> Iterator[Path]:
+    """Make a file system of one of the kinds in :data:`DISKS`, and mount it, or skip the test."""
+    if kind == "ext4":
+        with ext4(folder / "image", folder / "disk", size=DISKS[kind]) as disk:
+            yield disk
+        return
+    if not shutil.which(f"mkfs.{kind}"):
+        pytest.skip(f"mkfs.{kind} isn't installed")
+    with (folder / "image").open("wb") as image:
+        image.truncate(DISKS[kind])
+    subprocess.run([f"mkfs.{kind}", "-q", "-f", str(folder / "image")], check=True)
+    with mounted(folder / "disk", kind, "loop", folder / "image"):
+        yield folder / "disk"

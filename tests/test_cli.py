@@ -27,6 +27,7 @@ from tests.support import (
     error_lines,
     find_free_port,
     is_alive,
+    make_data,
     run_pdiffcopy,
     snapshot,
     wait_for,
@@ -454,9 +455,8 @@ def _finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def large(tmp_path):
-    """A source that takes a while to copy in small blocks, though it takes no room on the disk."""
-    with (tmp_path / "large").open("wb") as handle:
-        handle.truncate(32 * 1024**2)
+    """A source that takes a while to copy in small blocks."""
+    (tmp_path / "large").write_bytes(make_data(2**20) * 32)
     (tmp_path / "target").write_bytes(b"x")
     return tmp_path / "large", tmp_path / "target"
 

@@ -73,6 +73,13 @@ WORDS = {
     "stop": st.integers(0, MAX_OFFSET),
     "concurrency": st.integers(1, 1024),
     "mode": st.integers(0, 0o777),
+    "uid": st.none() | st.integers(0, 2**32 - 2),
+    "gid": st.none() | st.integers(0, 2**32 - 2),
+    **dict.fromkeys(["owner", "group"], st.sampled_from(["", "mysql", "Jürgen", "a b"])),
+    "mtime_ns": st.none() | st.integers(-(10**29), 10**29),
+    "ctime_ns": st.integers(-(10**29), 10**29),
+    "takes": st.integers(0, MAX_OFFSET),
+    "new_id": st.just("fe00:1234@0b-1"),
     "digest": st.just("0123456789abcdef" * 2),
     "grain": st.just(512),
     **dict.fromkeys(["checks", "flush", "data", "create", "keep", "in_advance"], st.booleans()),
@@ -105,7 +112,8 @@ def test_each_request_is_a_method_of_a_replica():
     """The routes and the replica have the same table, and no route is there twice."""
     assert {kind.action for kind in REQUESTS} == Replica.__abstractmethods__ - {"digest"}
     assert len({(kind.verb, kind.endpoint) for kind in REQUESTS}) == len(REQUESTS)
-    assert {kind.action for kind in REQUESTS if kind.writes} == {"write", "clear", "resize", "claim", "release", "sync"}
+    reading = {"info", "hashes", "holes", "pieces", "read", "metadata"}
+    assert {kind.action for kind in REQUESTS if not kind.writes} == reading
     assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,23 @@ from pdiffcopy.client import pipeline
 from pdiffcopy.files import kernel
 from pdiffcopy.files.holes import find_holes
 from pdiffcopy.localreplica import LocalReplica
-from tests.support import error_lines, ext4, loop_device, make_data, mounted, run_pdiffcopy, start_server
+from tests.support import (
+    DISKS,
+    disk_of_kind,
+    error_lines,
+    ext4,
+    loop_device,
+    make_data,
+    run_pdiffcopy,
+    start_server,
+)
 
 PAGE = 4096
 MEBIBYTE = 2**20
 DIRECTIONS = ("local", "upload", "download")
-SIZES = {"ext4": 64 * MEBIBYTE, "xfs": 320 * MEBIBYTE, "btrfs": 128 * MEBIBYTE}
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture(params=DISKS)
 def disk(request, tmp_path):
     """A file system that knows holes."""
     with disk_of_kind(request.param, tmp_path) as folder:
@@ -34,23 +41,8 @@ def disk(request, tmp_path):
 @pytest.fixture
 def one_disk(tmp_path):
     """One of them."""
-    with ext4(tmp_path / "image", tmp_path / "disk", size=SIZES["ext4"]) as folder:
+    with ext4(tmp_path / "image", tmp_path / "disk", size=DISKS["ext4"]) as folder:
         yield folder
-
-
-@contextmanager
-def disk_of_kind(kind: str, folder: Path):
-    if kind == "ext4":
-        with ext4(folder / "image", folder / "disk", size=SIZES[kind]) as disk:
-            yield disk
-        return
-    if not shutil.which(f"mkfs.{kind}"):
-        pytest.skip(f"mkfs.{kind} isn't installed")
-    with (folder / "image").open("wb") as image:
-        image.truncate(SIZES[kind])
-    subprocess.run([f"mkfs.{kind}", "-q", "-f", str(folder / "image")], check=True)
-    with mounted(folder / "disk", kind, "loop", folder / "image"):
-        yield folder / "disk"
 
 
 def write(path: Path, parts: str, unit: int = MEBIBYTE) -> None:

@@ -34,6 +34,11 @@ class Client(PropertyManager):
     """
 
     @mutable_property
+    def atomic(self) -> bool:
+        """Whether a complete new version takes the place of the target in one step (defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
     def benchmark(self) -> int:
         """How many times the benchmark should be run (an integer, defaults to 0)."""
         return 0
@@ -64,6 +69,11 @@ class Client(PropertyManager):
         return False
 
     @mutable_property
+    def group(self) -> bool:
+        """Whether it gets the group of the source (a boolean, defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
     def hash_method(self) -> str:
         """The block hash method (a string, defaults to 'sha1'; 'auto' is 'blake3' where both sides have it)."""
         return "sha1"
@@ -83,6 +93,16 @@ class Client(PropertyManager):
                 location.network = value
 
     @mutable_property
+    def owner(self) -> bool:
+        """Whether it gets the owner of the source (a boolean, defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
+    def perms(self) -> bool:
+        """Whether the target gets the permission bits of the source (a boolean, defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
     def sparse(self) -> str:
         """
         What becomes of holes (a string, defaults to 'auto').
@@ -90,6 +110,11 @@ class Client(PropertyManager):
         'auto': the target has them where the source has them, 'always': zeros become holes, 'never': none are made.
         """
         return "auto"
+
+    @mutable_property
+    def times(self) -> bool:
+        """Whether it gets the modification time of the source (a boolean, defaults to :data:`False`)."""
+        return False
 
     @mutable_property
     def verify(self) -> bool:
@@ -174,13 +199,18 @@ class Client(PropertyManager):
         if not (self.source and self.target):
             raise UsageError("A client needs a source and a target")
         options = Options(
+            atomic=self.atomic,
             block_size=self.block_size,
             concurrency=self.concurrency,
             delta_transfer=self.delta_transfer,
             dry_run=self.dry_run,
             fsync=self.fsync,
+            group=self.group,
             hash_method=self.hash_method,
+            owner=self.owner,
+            perms=self.perms,
             sparse=self.sparse,
+            times=self.times,
             verify=self.verify,
         )
         with Servers(self.network) as servers:

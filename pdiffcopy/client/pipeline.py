@@ -75,13 +75,20 @@ def open_target(plan: Plan, replicas: Replicas) -> Replica:
     return replicas.open(plan.target).pinned(plan.target_id)
 
 
+def open_baseline(plan: Plan, replicas: Replicas) -> Replica:
+    """Get what the source is compared with: the target, or what has the same contents."""
+    if not plan.baseline:
+        return open_target(plan, replicas)
+    return replicas.open(plan.baseline).pinned(plan.baseline_id)
+
+
 # Comparing {{{1
 
 
 def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
     """Compare source and target: a generator of all blocks of the source, some of them in runs."""
     comparison = Comparison(plan.size, plan.block_size, plan.sparse, get_hasher(plan.method))
-    replica = open_target(plan, replicas)
+    replica = open_baseline(plan, replicas)
     if plan.needs_hashes:
         source = _digests(plan, open_source(plan, replicas), 0, plan.size)
     else:

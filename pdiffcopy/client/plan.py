@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pdiffcopy.address import Address
+from pdiffcopy.blocks import FileInfo, Metadata
 from pdiffcopy.client.delta import Batch, Sparse
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.hashing import find_method
@@ -29,6 +30,27 @@ class Options:
     hash_method: str
     verify: bool
     sparse: str
+    atomic: bool
+    perms: bool
+    times: bool
+    owner: bool
+    group: bool
+
+    def select(self, metadata: Metadata) -> Metadata:
+        """Pick the metadata that the target is to have."""
+        return Metadata(
+            mode=metadata.mode if self.perms else None,
+            uid=metadata.uid if self.owner else None,
+            owner=metadata.owner if self.owner else "",
+            gid=metadata.gid if self.group else None,
+            group=metadata.group if self.group else "",
+            mtime_ns=metadata.mtime_ns if self.times else None,
+        )
+
+    @property
+    def wants_metadata(self) -> bool:
+        """Whether the target is to have any metadata of the source."""
+        return self.perms or self.times or self.owner or self.group
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
@@ -53,6 +75,21 @@ class Verification(Enum):
     """By the digests that were compared, since they are what the source would state."""
     BY_HASHES = "by hashes"
     """By the hashes of the blocks, since the source is too old to state digests."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run writes to, or compares."""
+
+    address: Address
+    info: FileInfo
+    """What it was when it was claimed."""
+    size: int
+    """How much of it there is to compare, in bytes."""
+    run: str = ""
+    """The name under which it is claimed (empty when it can't be)."""
+    baseline: Address | None = None
+    """What has the same contents, and is compared in its place."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +118,17 @@ class Plan:
     has_holes: bool = False
     """Whether the source has some."""
     is_new: bool = False
-    """Whether the target is new, so that it's one hole."""
+    """Whether there was nothing in the target, so that it's one hole."""
     run: str = ""
     """The name under which the target is claimed (empty when it can't be)."""
     source_id: str = ""
     """Which file the source has to be (see :class:`.FileInfo`, empty when its server can't tell)."""
     target_id: str = ""
     """Which file the target has to be."""
+    baseline: Address | None = None
+    """What has the contents of the target, and is compared in its place."""
+    baseline_id: str = ""
+    """Which file that has to be."""
 
     @property
     def fills_new_file(self) -> bool:

@@ -11,12 +11,14 @@ from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import FileInfo
 from pdiffcopy.client.delta import Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
-from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Verification
+from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ForbiddenError, UsageError
 from pdiffcopy.features import (
+    FEATURE_ATOMIC,
     FEATURE_BLOCKWISE,
     FEATURE_DIGEST,
     FEATURE_EXTENTS,
+    FEATURE_METADATA,
     FEATURE_PIECES,
     FEATURE_SPARSE,
     FEATURE_SYNC,
@@ -53,8 +55,17 @@ class Planner:
 
     @property
     def delta(self) -> bool:
-        """Whether there is something to compare with."""
+        """Whether there seems to be something to compare with."""
         return self.options.delta_transfer and self.target.info.size > 0
+
+    @property
+    def takes(self) -> int:
+        """How much room a target takes that has none yet, in bytes, as far as that's known."""
+        sparse = Sparse(self.options.sparse)
+        # An old server tells nothing of this. Nor is it known how many zeros there are.
+        if FEATURE_SPARSE not in self.common or self.is_given or sparse is Sparse.ALWAYS:
+            return 0
+        return self.source.info.size if sparse is Sparse.NEVER else self.source.info.allocated
 
     def _choose_method(self) -> str:
         """Find the hash method, and refuse one that a side doesn't have."""
@@ -79,57 +90,75 @@ class Planner:
             text = "{label} is a block device of {size} bytes, and the source has {wanted}: that's too small"
             label = target.replica.label
             raise FileForbiddenError(text, label=label, size=target.info.size, wanted=source.info.size)
-        if self.options.sparse != Sparse.AUTO.value and FEATURE_SPARSE not in self.common:
-            old = target if FEATURE_SPARSE in source.peer.features else source
-            text = "The server of {label} is too old for --sparse={choice}"
-            raise UsageError(text, label=old.replica.label, choice=self.options.sparse)
-        if writes and target.peer.room is not None and (needed := self._count_missing()) > target.peer.room:
+        if self.options.sparse != Sparse.AUTO.value:
+            for side in (source, target):
+                self._demand(side, FEATURE_SPARSE, f"--sparse={self.options.sparse}")
+        self._check_metadata()
+        if self.options.atomic:
+            self._check_atomic()
+        if writes:
+            self._check_target()
+
+    def _check_metadata(self) -> None:
+        if not self.options.wants_metadata:
+            return
+        for side in (self.source, self.target):
+            if not side.info.resizable:
+                text = "{label} is a block device: leave out -p, -t, -o and -g"
+                raise UsageError(text, label=side.replica.label)
+            self._demand(side, FEATURE_METADATA, "-p, -t, -o and -g")
+
+    def _check_atomic(self) -> None:
+        label = self.target.replica.label
+        if not self.target.info.resizable:
+            raise UsageError("{label} is a block device, which --atomic can't replace", label=label)
+        if self.is_given:
+            raise UsageError("--atomic takes no blocks that are given")
+        self._demand(self.target, FEATURE_ATOMIC, "--atomic")
+
+    def _check_target(self) -> None:
+        """Refuse a target that can't be written to as it's wanted."""
+        target, room = self.target, self.target.peer.room
+        needed = self.takes - target.info.allocated if target.info.resizable else 0
+        if room is not None and needed > room:
             text = "{label} takes {needed} bytes more than now, and its file system has {room} left"
-            raise DiskFullError(text, label=target.replica.label, needed=needed, room=target.peer.room)
-        if writes and not target.peer.writable:
+            raise DiskFullError(text, label=target.replica.label, needed=needed, room=room)
+        if not target.peer.writable:
             raise ForbiddenError("The server of {label} is read-only", label=target.replica.label)
-        if writes and self.options.fsync and FEATURE_SYNC not in target.peer.features:
-            raise UsageError("The server of {label} is too old for --fsync", label=target.replica.label)
+        if self.options.fsync:
+            self._demand(target, FEATURE_SYNC, "--fsync")
 
-    def _count_missing(self) -> int:
-        """How much more room the target takes in any case."""
-        source, target, sparse = self.source.info, self.target.info, Sparse(self.options.sparse)
-        # An old server tells nothing of this. Nor is it known how many zeros there are.
-        if not target.resizable or FEATURE_SPARSE not in self.common or self.is_given or sparse is Sparse.ALWAYS:
-            return 0
-        return (source.size if sparse is Sparse.NEVER else source.allocated) - target.allocated
+    def _demand(self, side: Side, feature: str, option: str) -> None:
+        """Refuse an option for which a server is too old."""
+        if feature not in side.peer.features:
+            raise UsageError("The server of {label} is too old for {option}", label=side.replica.label, option=option)
 
-    def make_plan(
-        self, addresses: tuple[Address, Address], target: FileInfo, target_size: int, run: str = ""
-    ) -> Plan:  # fmt: skip
-        """
-        Make a plan.
-
-        :param addresses: Those of the source and of the target.
-        :param target: What the target is by now.
-        :param target_size: How much of it there is to compare.
-        :param run: The name under which it is claimed (empty when it isn't).
-        """
+    def make_plan(self, source_address: Address, target: Target) -> Plan:
+        """Make a plan."""
         source, options = self.source.info, self.options
-        sparse, grain = self._choose_sparse(target)
+        sparse, grain = self._choose_sparse(target.info)
+        delta = options.delta_transfer and target.info.size > 0
         return Plan(
-            *addresses,
+            source_address,
+            target.address,
             source_id=source.file_id,
-            target_id=target.file_id,
+            target_id=target.info.file_id,
             size=source.size,
-            target_size=target_size,
+            target_size=target.size,
             block_size=options.block_size,
             method=self.method,
             concurrency=options.concurrency,
-            delta=self.delta,
-            verification=self._choose_verification(),
-            piece_size=self._choose_piece_size(),
+            delta=delta,
+            verification=self._choose_verification(delta),
+            piece_size=self._choose_piece_size() if delta else 0,
             max_extents=MAX_EXTENTS if FEATURE_EXTENTS in self.common else 1,
             sparse=sparse,
             grain=grain,
             has_holes=source.has_holes and sparse is not Sparse.IGNORED,
-            is_new=not self.target.info.exists,
-            run=run,
+            is_new=target.info.size == 0,
+            run=target.run,
+            baseline=target.baseline,
+            baseline_id=self.target.info.file_id if target.baseline else "",
         )
 
     def _choose_sparse(self, target: FileInfo) -> tuple[Sparse, int]:
@@ -147,15 +176,15 @@ class Planner:
 
     def _choose_piece_size(self) -> int:
         is_possible = FEATURE_PIECES in self.common and self.options.block_size % PIECE_SIZE == 0
-        return PIECE_SIZE if is_possible and self.delta and not self.is_given else 0
+        return PIECE_SIZE if is_possible and not self.is_given else 0
 
-    def _choose_verification(self) -> Verification:
+    def _choose_verification(self, delta: bool) -> Verification:
         if not self.options.verify or FEATURE_DIGEST not in self.target.peer.features:
             return Verification.NONE
         if FEATURE_DIGEST not in self.common:
             # Where the blocks are given, there are no hashes of them.
             return Verification.NONE if self.is_given else Verification.BY_HASHES
         # A run that compares by such a method has all that it takes.
-        free = self.delta and not self.is_given and self.method in CHEAP
+        free = delta and not self.is_given and self.method in CHEAP
         is_free = free and FEATURE_BLOCKWISE in self.target.peer.features
         return Verification.BLOCKWISE if is_free else Verification.STATED

@@ -24,11 +24,13 @@ from pdiffcopy.answers import (
     decode_flag,
     decode_holes,
     decode_info,
+    decode_metadata,
     decode_report,
+    decode_staged,
     parse_checked,
     parse_hashes,
 )
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, count_blocks, total_size
+from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, Metadata, count_blocks, total_size
 from pdiffcopy.client.delta import get_end, in_order
 from pdiffcopy.client.exchange import Answer, Server, make_foreign_error
 from pdiffcopy.exceptions import (
@@ -42,17 +44,21 @@ from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME, FE
 from pdiffcopy.protocol import (
     ClaimRequest,
     ClearRequest,
+    CommitRequest,
     HashesRequest,
     HolesRequest,
     InfoRequest,
+    MetadataRequest,
     PiecesRequest,
     ReadRequest,
     ReleaseRequest,
     ResizeRequest,
+    SetMetadataRequest,
+    StageRequest,
     SyncRequest,
     WriteRequest,
 )
-from pdiffcopy.replica import Reading, Replica
+from pdiffcopy.replica import Reading, Replica, Staged
 from pdiffcopy.request import Request
 from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
 
@@ -241,6 +247,28 @@ class RemoteReplica(Replica):
         document = self._ask(ReleaseRequest(filename=self.filename, file_id=self.file_id, run=run))
         return decode_info(document, exists=True)[0]
 
+    def metadata(self) -> Metadata:
+        """See :meth:`.Replica.metadata`."""
+        return decode_metadata(self._ask(MetadataRequest(filename=self.filename, file_id=self.file_id)))
+
+    def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
+        """See :meth:`.Replica.set_metadata`."""
+        words = {"filename": self.filename, "file_id": self.file_id, "in_advance": in_advance, "run": run}
+        self._ask(SetMetadataRequest.of(metadata, **words))
+
+    def stage(self, run: str, mode: int = FileInfo.mode, takes: int = 0) -> Staged:
+        """See :meth:`.Replica.stage`."""
+        # It isn't repeated: what the server still does for the first request would get in the way of the second.
+        request = StageRequest(filename=self.filename, file_id=self.file_id, run=run, mode=mode, takes=takes)
+        return Staged(*decode_staged(self._await(request)))
+
+    def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
+        """See :meth:`.Replica.commit`."""
+        request = CommitRequest(
+            filename=self.filename, file_id=self.file_id, new_id=new_id, ctime_ns=ctime_ns, run=run
+        )  # fmt: skip
+        return decode_info(self._ask(request), exists=True)[0]
+
     def _ask(self, request: Request) -> bytes:
         def ask() -> bytes:
             with self._exchange(request) as answer:
@@ -252,15 +280,20 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.sync`."""
         # It isn't repeated: an answer that got lost may have been the only one to tell of an error.
         try:
-            with self._exchange(SyncRequest(filename=self.filename, file_id=self.file_id, run=run)) as answer:
-                last = answer.read_document().strip()
-                if last.startswith(b"{"):
-                    raise decode_report(last)
-                if last != DONE.encode("ascii"):
-                    raise ProtocolError("{url}: the server's answer to a flush isn't one", url=self.label)
+            self._await(SyncRequest(filename=self.filename, file_id=self.file_id, run=run))
         except TransientError as e:
             text = "{url}: it isn't known whether the data has reached the disk, run again ({reason})"
             raise RemoteError(text, url=self.label, reason=e, status=0) from e
+
+    def _await(self, request: Request) -> bytes:
+        """Exchange a request for an answer that takes long, and return the last line before the one that ends it."""
+        with self._exchange(request) as answer:
+            *lines, last = answer.read_document().strip().split(b"\n")
+            if last.startswith(b"{"):
+                raise decode_report(last)
+        if last != DONE.encode("ascii"):
+            raise ProtocolError("{url}: the server's answer to {what} isn't one", url=self.label, what=request.endpoint)
+        return lines[-1] if lines else b""
 
     @contextmanager
     def _exchange(self, request: Request, body: Reading | None = None) -> Iterator[Answer]:

@@ -8,6 +8,7 @@ from typing import Any
 from humanfriendly import format_size, format_timespan
 from humanfriendly.text import pluralize
 
+from pdiffcopy.address import Address
 from pdiffcopy.client.plan import Plan, Result, Verification
 
 
@@ -15,6 +16,8 @@ from pdiffcopy.client.plan import Plan, Result, Verification
 class Report:
     """What a run did."""
 
+    target: Address
+    """What was to be brought into line (the plan may be about a new version of it)."""
     plan: Plan
     result: Result
     dry_run: bool
@@ -66,7 +69,7 @@ class Report:
         """The report as one JSON object: sizes in bytes, times in seconds."""
         return {
             "source": str(self.plan.source),
-            "target": str(self.plan.target),
+            "target": str(self.target),
             "dry_run": self.dry_run,
             "delta_transfer": self.plan.delta,
             "block_size": self.plan.block_size,

@@ -11,7 +11,6 @@ Which steps does a run take?
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +21,16 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from pdiffcopy.address import Address
-from pdiffcopy.blocks import Block, FileInfo, block_length
+from pdiffcopy.blocks import Block, FileInfo, Metadata, block_length
 from pdiffcopy.client.delta import Batch, make_batches
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import find_blocks, generate_batches, open_target, transfer_batch
-from pdiffcopy.client.plan import Options, Plan, Result
+from pdiffcopy.client.plan import Options, Plan, Result, Target
 from pdiffcopy.client.planning import Planner, Side
 from pdiffcopy.client.progress import Reporter, make_reporter
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Replicas, Servers
+from pdiffcopy.client.taking import Atomic, InPlace, Taking
 from pdiffcopy.exceptions import (
     FileError,
     FileMissingError,
@@ -78,19 +78,20 @@ class Run:
         self._look(writes=not self.options.dry_run)
         with self._watching_source():
             if self.options.dry_run:
-                plan = self._make_plan(self.target.info, self._get_common_size())
-                before, result, claimed = self.target.info, self._scan(plan), False
+                plan = self._plan_comparison()
+                before, result = self.target.info, self._scan(plan)
             else:
-                before, plan, result, claimed = self._update()
+                before, plan, result = self._update()
         source = self.source.info
         return Report(
+            self.target_address,
             plan,
             result,
             self.options.dry_run,
             self.options.verify,
             time.monotonic() - started,
             watched=source.tells_time,
-            claimed=claimed,
+            claimed=bool(plan.run),
             cut=max(0, before.size - source.size) if before.resizable else 0,
             grown=max(0, source.size - before.size) if before.exists else 0,
             left_alone=0 if before.resizable else before.size - source.size,
@@ -99,7 +100,7 @@ class Run:
     def compare(self) -> list[int]:
         """Find the offsets of the blocks that differ. Nothing is written, whatever the options say."""
         self._look(writes=False)
-        plan = self._make_plan(self.target.info, self._get_common_size())
+        plan = self._plan_comparison()
         with self._watching_source():
             return [
                 offset
@@ -120,6 +121,10 @@ class Run:
             raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)
         self.planner = Planner(source, target, self.options, self.is_given)
         self.planner.check(writes)
+        self.taking = self._choose_taking()
+        self.metadata = Metadata()
+        if writes and self.options.wants_metadata:
+            self.metadata = self.options.select(source.replica.pinned(source.info.file_id, is_source=True).metadata())
         # From then on each change of the source shows in its time. It comes before anything of it is read.
         time.sleep(source.info.settles_ms / 1000)
 
@@ -131,12 +136,15 @@ class Run:
         with ThreadPoolExecutor(2) as executor:
             return list(executor.map(_look_at, replicas))
 
-    def _get_common_size(self) -> int:
-        return min(self.source.info.size, self.target.info.size)
+    def _choose_taking(self) -> Taking:
+        if not self.options.atomic:
+            return InPlace(self.target_address, self.target)
+        return Atomic(self.target_address, self.target, self.servers.network.retries, self.planner.takes)
 
-    def _make_plan(self, target: FileInfo, target_size: int, run: str = "") -> Plan:
-        addresses = self.source_address, self.target_address
-        return self.planner.make_plan(addresses, target, target_size, run)
+    def _plan_comparison(self) -> Plan:
+        info = self.target.info
+        target = Target(self.target_address, info, min(self.source.info.size, info.size))
+        return self.planner.make_plan(self.source_address, target)
 
     # Doing it {{{1
 
@@ -149,34 +157,39 @@ class Run:
                 total += Result.of_comparison(batch)
         return total
 
-    def _update(self) -> tuple[FileInfo, Plan, Result, bool]:
+    def _update(self) -> tuple[FileInfo, Plan, Result]:
         """
         Grow the target, change it, cut it, and look whether all is as it should be.
 
-        :returns: What the target was before, what was planned and done, and whether the target was claimed.
+        :returns: What the target was before, what was planned and done.
         """
-        source, before, run = self.source.info, self.target.info, os.urandom(8).hex()
+        size = self.source.info.size
         with self._pool() as (results, start):
-            # From here on no other run may mix its data with ours: one that begins later ends this one. An earlier
-            # one may have resized the target until now.
-            claimed, target = self.target.replica.pinned(before.file_id).claim(run, not before.exists, source.mode)
-            # A target that is shorter is going to be grown before it is compared.
-            plan = self._make_plan(target, source.size, run if claimed else "")
+            target = self.taking.take(self.source.info)
+            plan = self.planner.make_plan(self.source_address, target)
             replica = open_target(plan, self.servers)
-            if target.size < source.size or not target.exists:
-                replica.resize(source.size, plan.run, plan.fills_new_file)
+            if self.options.wants_metadata:
+                replica.set_metadata(self.metadata, plan.run, in_advance=True)
+            if target.info.size < size or not target.info.exists:
+                replica.resize(size, plan.run, plan.fills_new_file)
             start(plan)
             result = sum(results, Result())
-        if target.size > source.size and target.resizable:
-            replica.resize(source.size, plan.run)
-        if self.options.fsync:
-            replica.sync(plan.run)
+        if target.info.size > size and target.info.resizable:
+            replica.resize(size, plan.run)
+        self._finish(target, replica)
+        is_known = self.target.info.exists and not self.options.atomic
+        return target.info if is_known else self.target.info, plan, result
+
+    def _finish(self, target: Target, replica: Replica) -> None:
+        """Do what comes after the contents, and look whether nobody else has been there."""
+        if (metadata := self.taking.complete(self.metadata)) != Metadata():
+            replica.set_metadata(metadata, target.run)
+        if self.options.fsync or self.taking.needs_flush:
+            replica.sync(target.run)
         # This proves that nobody else has been there since the claim. To end the claim couldn't: that may be repeated,
         # and then there is none, whoever has ended it.
-        self._check_target(target, replica.info(plan.run)[0])
-        if claimed:
-            _release(replica, plan)
-        return target if before.exists else before, plan, result, claimed
+        self._check_target(target.info, replica.info(target.run)[0])
+        self.taking.let_go(target, replica)
 
     @contextmanager
     def _pool(self) -> Iterator[tuple[Iterable[Result], Callable[[Plan], None]]]:
@@ -233,14 +246,6 @@ class Run:
 
 def _look_at(replica: Replica) -> Side:
     return Side(replica, *replica.info())
-
-
-def _release(replica: Replica, plan: Plan) -> None:
-    """End a claim. One that stays behind does no harm, so the run is a success whatever becomes of that."""
-    try:
-        replica.release(plan.run)
-    except ProgramError as e:
-        logger.warning("The claim on %s stays behind: %s", replica.label, e)
 
 
 def _batch(offsets: Sequence[int], plan: Plan, replicas: Replicas, is_awaited: Callable[[], bool]) -> Iterator[Batch]:

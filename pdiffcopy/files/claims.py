@@ -19,7 +19,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from pdiffcopy.exceptions import FileError, FileForbiddenError, TakenOverError, translating
 from pdiffcopy.files import kernel
@@ -174,6 +174,23 @@ class Claims:
         finally:
             with suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Let nobody write to the file who does that under a claim."""
+        return self._locked(fcntl.LOCK_EX)
+
+    @contextmanager
+    def ending(self, run: str) -> Iterator[None]:
+        """
+        End a claim, and let nobody make another one meanwhile.
+
+        :raises: :exc:`.TakenOverError` when a later run has.
+        """
+        with self.alone():
+            self.check(run)
+            with suppress(OSError):
+                os.removexattr(self.fd, RUN_ATTRIBUTE)
+            yield
 
     def _try_lock(self, kind: int) -> bool:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 
@@ -46,12 +47,18 @@ _NO_FALLOCATE = frozenset([errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.E
 """How file systems refuse it that don't have it (fallocate(2))."""
 _PUNCH_HOLE = 0x1 | 0x2
 """``FALLOC_FL_KEEP_SIZE | _PUNCH_HOLE`` (linux/falloc.h)."""
+_FICLONE = 0x40049409
+"""``FICLONE`` (linux/fs.h)."""
+_RENAME_NOREPLACE = 0x1
+"""linux/fs.h."""
+_OUT_OF_ROOM = frozenset([errno.ENOSPC, errno.EDQUOT])
 _WINDOW = 1024**3
 """How much of a file is mapped at a time, in bytes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
@@ -89,6 +96,40 @@ def allocate(fd: int, size: int) -> bool:
     :returns: :data:`False` when the file system can't do that (glibc would write zeros then).
     """
     return _fallocate(fd, 0, 0, size)
+
+
+def clone(source: int, target: int) -> bool:
+    """
+    Let an empty file share all of the contents of another one, until one of them changes (ioctl_ficlone(2)).
+
+    :returns: :data:`False` when the file system can't do that, or not with these two.
+    """
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+        return True
+    except OSError as e:
+        if e.errno in _OUT_OF_ROOM or e.errno == errno.EIO:
+            raise
+        return False
+
+
+def rename(folder: int, old: str, new: str, replace: bool) -> None:
+    """
+    Give a file another name in its folder, in one step.
+
+    :param replace: Whether there may be a file of that name (renameat2(2); otherwise it's an :exc:`FileExistsError`).
+    """
+    if replace:
+        os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+        return
+    names = os.fsencode(old), os.fsencode(new)
+    try:
+        _check(_libc.renameat2(folder, names[0], folder, names[1], _RENAME_NOREPLACE))
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # which never replaces anything
+        os.unlink(old, dir_fd=folder)
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> bool:

@@ -23,7 +23,7 @@ from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 
 from pdiffcopy import answers, protocol
-from pdiffcopy.blocks import BlockDigest, Hole
+from pdiffcopy.blocks import SET_ID_BITS, BlockDigest, Hole
 from pdiffcopy.cores import count_cores
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import AbsentError, AuthenticationError, ForbiddenError, ProgramError
@@ -53,6 +53,8 @@ class Settings:
     token: str = ""
     read_only: bool = False
     devices: bool = False
+    allow_set_id: bool = False
+    """Whether clients may set the bits that let a program run as its owner."""
     allow_hosts: tuple[str, ...] = ()
     """The names by which clients may call the server, see :class:`.Gate`."""
 
@@ -170,10 +172,37 @@ class _Views:
         """``POST /release``"""
         return {answers.CLAIMED: False, **replica.release(request.run).as_dict()}
 
+    def metadata(self, request: protocol.MetadataRequest, replica: LocalReplica) -> Any:
+        """``GET /metadata``"""
+        return vars(replica.metadata())
+
+    def set_metadata(self, request: protocol.SetMetadataRequest, replica: LocalReplica) -> Any:
+        """``POST /metadata``"""
+        metadata = request.get_metadata()
+        if (metadata.mode or 0) & SET_ID_BITS and not self.settings.allow_set_id:
+            raise ForbiddenError("This server sets no set-id bits (unless it is started with --allow-set-id)")
+        replica.set_metadata(metadata, request.run, request.in_advance)
+        return {}
+
+    def stage(self, request: protocol.StageRequest, replica: LocalReplica) -> Response:
+        """``POST /stage``"""
+        if request.file_id:
+            replica.check()
+
+        def work() -> str:
+            staged = replica.stage(request.run, request.mode, request.takes)
+            return answers.encode_staged(staged.filename, staged.claimed, staged.shares, staged.info)
+
+        return Response(_report_work(work), mimetype="text/plain")
+
+    def commit(self, request: protocol.CommitRequest, replica: LocalReplica) -> Any:
+        """``POST /commit``"""
+        return {answers.CLAIMED: False, **replica.commit(request.new_id, request.ctime_ns, request.run).as_dict()}
+
     def sync(self, request: protocol.SyncRequest, replica: LocalReplica) -> Response:
         """``POST /sync``"""
         replica.check()
-        return Response(_report_sync(partial(replica.sync, request.run)), mimetype="text/plain")
+        return Response(_report_work(partial(replica.sync, request.run)), mimetype="text/plain")
 
 
 def _report_hashes(stripes: Iterable[list[BlockDigest | Hole]]) -> Iterator[bytes]:
@@ -188,8 +217,8 @@ def _report_hashes(stripes: Iterable[list[BlockDigest | Hole]]) -> Iterator[byte
         yield answers.encode_report(e).encode("ascii")
 
 
-def _report_sync(work: Callable[[], None]) -> Iterator[str]:
-    """Flush a file in the background. The status has been sent before it is known how that ends."""
+def _report_work(work: Callable[[], str | None]) -> Iterator[str]:
+    """Do what takes long in the background. The status has been sent before it is known how that ends."""
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(work)
         while not wait([future], HEARTBEAT).done:
@@ -200,7 +229,7 @@ def _report_sync(work: Callable[[], None]) -> Iterator[str]:
     elif error:
         raise error
     else:
-        yield f"{answers.DONE}\n"
+        yield f"{future.result() or ''}\n{answers.DONE}\n"
 
 
 def _problem(status: int, detail: str, members: dict[str, Any] | None = None) -> Response:

@@ -455,7 +455,10 @@ def test_hash_methods_may_be_spelled_as_python_allows(server, tmp_path, directio
 
 @pytest.mark.parametrize(
     ("setup", "expected"),
-    [("", "blake3"), ("import pdiffcopy.replica as r; r.get_methods = lambda: frozenset(['sha1', 'md5'])", "sha1")],
+    [
+        ("", "blake3"),
+        ("import pdiffcopy.localreplica as r; r.get_methods = lambda: frozenset(['sha1', 'md5'])", "sha1"),
+    ],
     ids=["both have blake3", "one lacks it"],
 )
 def test_hash_method_is_the_best_that_both_sides_have(launch, tmp_path, direction, setup, expected):

@@ -32,7 +32,7 @@ from pdiffcopy.exceptions import (
     TransientError,
 )
 from pdiffcopy.features import FEATURE_ANSWER, FEATURES
-from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
 from tests.support import find_free_port
@@ -136,7 +136,7 @@ def read(replica: RemoteReplica, *extents: Extent, state_digest: bool = False) -
 def test_local_file_is_sent_without_being_read(tmp_path, monkeypatch):
     """The operating system moves the bytes from the file to the connection."""
     (tmp_path / "source").write_bytes(b"0123456789")
-    monkeypatch.delattr(LocalFile, "chunks")
+    monkeypatch.delattr(OpenFile, "chunks")
     source, extents = LocalReplica(str(tmp_path / "source")), [Extent(7, 3), Extent(0, 2)]
     with canned(answer()) as (replica, requests), source.read(extents, state_digest=False) as reading:
         replica.write(extents, reading)

@@ -35,7 +35,7 @@ EQUAL = Result(blocks_compared=10, bytes_compared=10 * MIB)
 
 
 def make_report(plan=PLAN, result=RESULT, dry_run=False, verify=True, elapsed=2.0):
-    return Report(plan, result, dry_run, verify, elapsed)
+    return Report(plan.target, plan, result, dry_run, verify, elapsed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,200 @@
+"""Mode, owner, group and time of the source, for those who ask for them."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from pathlib import Path
+
+import pytest
+import requests
+
+from pdiffcopy.blocks import Metadata
+from pdiffcopy.client import Client
+from pdiffcopy.exceptions import ForbiddenError, ProgramError
+from pdiffcopy.files import metadata as metadata_module
+from pdiffcopy.localreplica import LocalReplica
+from tests.support import error_lines, run_pdiffcopy, snapshot, write_pattern
+
+DIRECTIONS = ("local", "upload", "download")
+SECOND = 10**9
+TIME = 1234567890 * SECOND + 123456789
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@pytest.fixture(params=DIRECTIONS)
+def direction(request):
+    return request.param
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A file that isn't ours, from another time."""
+    path = tmp_path / "source"
+    write_pattern(path, 10000)
+    os.chown(path, 1234, 5678)
+    path.chmod(0o4750)
+    os.utime(path, ns=(TIME, TIME))
+    return path
+
+
+def get_places(server, direction: str, source: Path, target: Path) -> tuple:
+    return (
+        server.location(source) if direction == "download" else source,
+        server.location(target) if direction == "upload" else target,
+    )
+
+
+def look_at(path: Path) -> tuple:
+    status = path.stat()
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns
+
+
+@pytest.mark.parametrize("before", ["missing", "other", "equal"])
+@pytest.mark.parametrize("more", [(), ("--atomic",), ("--fsync",)], ids=["plain", "atomic", "fsync"])
+def test_all_of_it(launch, tmp_path, source, direction, before, more):
+    """The time last of all, whether anything moves or not."""
+    target = tmp_path / "target"
+    if before != "missing":
+        write_pattern(target, 10000, seed=1 if before == "equal" else 2)
+    server = launch("--allow-set-id")
+    result = run_pdiffcopy("-p", "-t", "-o", "-g", *more, *get_places(server, direction, source, target))
+    assert result.returncode == 0, result.stderr
+    assert look_at(target) == look_at(source) == (0o4750, 1234, 5678, TIME)
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "index"), [("--perms", 0), ("--owner", 1), ("--group", 2), ("--times", 3)], ids=lambda value: str(value)
+)
+def test_one_of_it(server, tmp_path, source, direction, option, index):
+    """The rest stays as it is, and so does all of it without these options."""
+    target = tmp_path / "target"
+    write_pattern(target, 10000)
+    target.chmod(0o600)
+    os.utime(target, ns=(1, 1))
+    source.chmod(0o750)
+    before = look_at(target)
+    places = get_places(server, direction, source, target)
+    assert run_pdiffcopy(*places).returncode == 0
+    assert look_at(target) == before
+    assert run_pdiffcopy(option, *places).returncode == 0
+    expected = list(before)
+    expected[index] = look_at(source)[index]
+    assert list(look_at(target)) == expected
+
+
+@pytest.mark.parametrize("time", [-1, -(10**9) * SECOND + 5, 0, 5 * 10**9 * SECOND + 1], ids=str)
+def test_times_of_other_ages(server, tmp_path, direction, time):
+    """Before 1970, and after 2106."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_pattern(source, 1000)
+    os.utime(source, ns=(time, time))
+    if source.stat().st_mtime_ns != time:
+        pytest.skip("the file system has no such times")
+    result = run_pdiffcopy("-t", *get_places(server, direction, source, target))
+    assert result.returncode == 0, result.stderr
+    assert target.stat().st_mtime_ns == time
+
+
+def test_names_count_for_more_than_numbers(tmp_path, monkeypatch):
+    """The same user may have another number elsewhere; who has no name there keeps the number."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    nobody, games = pwd.getpwnam("nobody"), grp.getgrnam("games")
+    replica = LocalReplica(str(path))
+    replica.set_metadata(Metadata(uid=1, owner="nobody", gid=1, group="games"))
+    assert (path.stat().st_uid, path.stat().st_gid) == (nobody.pw_uid, games.gr_gid)
+    assert (replica.metadata().owner, replica.metadata().group) == ("nobody", "games")
+    replica.set_metadata(Metadata(uid=4321, owner="no-such-user", gid=8765, group="no-such-group"))
+    assert (path.stat().st_uid, path.stat().st_gid) == (4321, 8765)
+    assert (replica.metadata().owner, replica.metadata().group) == ("", "")
+
+
+def test_server_sets_no_set_id_bits_unless_it_is_allowed_to(server, tmp_path, source):
+    """That is known before the contents move."""
+    target = tmp_path / "target"
+    write_pattern(target, 10000, seed=2)
+    before = snapshot(target)[:2]
+    result = run_pdiffcopy("-p", source, server.location(target))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "--allow-set-id" in line
+    assert snapshot(target)[:2] == before
+    answer = requests.post(f"http://127.0.0.1:{server.port}/metadata", params={"filename": target, "mode": 0o4755})
+    assert answer.status_code == 403 and not target.stat().st_mode & 0o7000
+
+
+@pytest.mark.parametrize("option", ["-p", "-t", "-o"])
+def test_what_may_not_be_set_is_known_in_advance(tmp_path, source, option, monkeypatch):
+    """Another user could write to the target, but not give it away: nothing of its contents changes."""
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o777)
+    target = folder / "target"
+    write_pattern(target, 10000, seed=2)
+    target.chmod(0o666)
+    before = target.read_bytes(), look_at(target)
+
+    def refuse(*arguments, **keywords):
+        raise PermissionError(1, os.strerror(1))
+
+    for name in ("fchmod", "fchown", "utime"):
+        monkeypatch.setattr(metadata_module.os, name, refuse)
+    names = {"-p": "perms", "-t": "times", "-o": "owner"}
+    client = Client(source=str(source), target=str(target), **{names[option]: True})
+    with pytest.raises(ProgramError, match="Can't set the (owner|mode|time) of .*target"):
+        client.run()
+    assert (target.read_bytes(), look_at(target)) == before
+
+
+def test_in_advance_nothing_shows(tmp_path):
+    """But for owner and group: the rest comes when the contents are there."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    before = look_at(path)
+    LocalReplica(str(path)).set_metadata(Metadata(mode=0o4777, mtime_ns=5, uid=1), in_advance=True)
+    assert look_at(path) == (before[0], 1, *before[2:])
+
+
+def test_claims_hold_for_metadata_too(server, tmp_path):
+    """A run that has lost its claim changes nothing any more."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    for replica in (LocalReplica(str(path)), Client(source=server.location(path), target="x").source.replica):
+        replica.claim("abc")
+        replica.claim("def")
+        with pytest.raises(ProgramError, match="another run"):
+            replica.set_metadata(Metadata(mode=0o600), "abc")
+
+
+def test_devices_have_none(device, tmp_path):
+    """The mode of an image isn't that of a disk."""
+    write_pattern(tmp_path / "file", 1000)
+    for places in ((tmp_path / "file", device), (device, tmp_path / "file")):
+        (line,) = error_lines(run_pdiffcopy("-p", *places))
+        assert "block device" in line
+
+
+def test_old_servers_do_not_know(launch_old, tmp_path):
+    """In one line, before anything is touched."""
+    peer = launch_old()
+    write_pattern(tmp_path / "source", 1000)
+    for places in (
+        (tmp_path / "source", peer.location(tmp_path / "target")),
+        (peer.location(tmp_path / "source"), tmp_path / "target"),
+    ):
+        (line,) = error_lines(run_pdiffcopy("-t", *places))
+        assert "too old for -p, -t, -o and -g" in line
+        assert not (tmp_path / "target").exists()
+
+
+def test_read_only_servers_set_nothing(launch, tmp_path):
+    """As they write nothing."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    replica = Client(source=launch("--read-only").location(path), target="x").source.replica
+    assert replica.metadata().mtime_ns == path.stat().st_mtime_ns
+    with pytest.raises(ForbiddenError):
+        replica.set_metadata(Metadata(mode=0o600))
