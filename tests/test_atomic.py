@@ -15,11 +15,14 @@ import pytest
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.client import Client
+from pdiffcopy.client.remote import RemoteReplica
 from pdiffcopy.exceptions import (
     FileError,
     FileForbiddenError,
     ReplacedError,
+    SourceChangedError,
     TakenOverError,
+    TransientError,
     UsageError,
 )
 from pdiffcopy.files import kernel, staging
@@ -209,20 +212,20 @@ def test_dry_run_makes_nothing(server, tmp_path):
 
 @pytest.mark.parametrize("victim", ["client", "worker", "server"])
 @pytest.mark.parametrize("direction", ["local", "upload", "download"])
-def test_whatever_is_killed_the_target_is_old_or_new(launch, tmp_path, direction, victim):
+def test_whatever_is_killed_the_target_is_old_or_new(server, launch, tmp_path, direction, victim):
     """And the next run finds what is left, and leaves nothing."""
     if victim == "server" and direction == "local":
         pytest.skip("there is no server")
     old, new = make_data(24 * MEBIBYTE), scatter(make_data(24 * MEBIBYTE))
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(new)
-    for attempt in range(6):
-        server = launch()
+    for delay in (0.15, 0.25, 0.4):
+        server = launch() if victim == "server" else server
         target.write_bytes(old)
         places = get_places(server, direction, source, target)
         command = [sys.executable, "-m", "pdiffcopy", "-q", "-b", "64KiB", "--atomic", *map(str, places)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            time.sleep(0.15 + 0.05 * attempt)
+            time.sleep(delay)
             pid = server.process.pid if victim == "server" else process.pid
             victims = children_of(pid) if victim != "client" else [pid]
             for child in victims[:1] if victim == "worker" else victims:
@@ -231,7 +234,7 @@ def test_whatever_is_killed_the_target_is_old_or_new(launch, tmp_path, direction
                 except ProcessLookupError:
                     continue
         assert target.read_bytes() in (old, new)
-        copy(launch(), direction, source, target)
+        copy(launch() if victim == "server" else server, direction, source, target)
 
 
 @pytest.mark.parametrize("direction", ["local", "upload"])
@@ -319,6 +322,44 @@ def test_old_version_that_changes_is_not_replaced(tmp_path, change):
     with pytest.raises((ReplacedError, FileError)):
         replica.commit(staged.info.file_id, info.ctime_ns, "abc")
     assert snapshot(path) == before
+
+
+def test_source_that_changes_replaces_nothing(tmp_path, monkeypatch):
+    """The new version may be a mixture."""
+    write_pattern(tmp_path / "source", 2 * MEBIBYTE)
+    write_pattern(tmp_path / "target", 2 * MEBIBYTE, seed=2)
+    before = snapshot(tmp_path / "target")
+    flush = LocalReplica.sync
+
+    def change_and_flush(replica, run):
+        os.utime(tmp_path / "source", ns=(1, 1))
+        flush(replica, run)
+
+    monkeypatch.setattr(LocalReplica, "sync", change_and_flush)
+    client = Client(source=str(tmp_path / "source"), target=str(tmp_path / "target"), atomic=True)
+    with pytest.raises(SourceChangedError):
+        client.run()
+    assert snapshot(tmp_path / "target") == before
+
+
+def test_lost_answers_are_survived(server, tmp_path, monkeypatch):
+    """What the server may still do for an attempt of which nothing is known is ended by the next one."""
+    data = write_pattern(tmp_path / "source", 2 * MEBIBYTE)
+    write_pattern(tmp_path / "target", 2 * MEBIBYTE, seed=2)
+    stage, runs = RemoteReplica.stage, []
+
+    def stage_and_lose(replica, run, *arguments):
+        staged = stage(replica, run, *arguments)
+        runs.append(run)
+        if len(runs) < 3:
+            raise TransientError("lost")
+        return staged
+
+    monkeypatch.setattr(RemoteReplica, "stage", stage_and_lose)
+    target = server.location(tmp_path / "target")
+    Client(source=str(tmp_path / "source"), target=target, atomic=True).run()
+    assert (tmp_path / "target").read_bytes() == data
+    assert len(set(runs)) == 3
 
 
 @pytest.mark.parametrize("rename", ["renameat2", "link"])

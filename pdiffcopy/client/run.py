@@ -80,6 +80,7 @@ class Run:
             if self.options.dry_run:
                 plan = self._plan_comparison()
                 before, result = self.target.info, self._scan(plan)
+                self._check_source()
             else:
                 before, plan, result = self._update()
         source = self.source.info
@@ -102,12 +103,14 @@ class Run:
         self._look(writes=False)
         plan = self._plan_comparison()
         with self._watching_source():
-            return [
+            offsets = [
                 offset
                 for block in find_blocks(plan, self.servers)
                 if block.changed
                 for offset in range(block.offset, block.offset + block.size, plan.block_size)
             ]
+            self._check_source()
+            return offsets
 
     # Before anything is touched {{{1
 
@@ -189,6 +192,7 @@ class Run:
         # This proves that nobody else has been there since the claim. To end the claim couldn't: that may be repeated,
         # and then there is none, whoever has ended it.
         self._check_target(target.info, replica.info(target.run)[0])
+        self._check_source()
         self.taking.let_go(target, replica)
 
     @contextmanager
@@ -217,7 +221,7 @@ class Run:
 
     @contextmanager
     def _watching_source(self) -> Iterator[None]:
-        """A source that has changed forbids success, and explains any failure."""
+        """A source that has changed explains any failure."""
         before, label = self.source.info, self.source.replica.label
         try:
             yield
@@ -232,8 +236,11 @@ class Run:
             if change := before.describe_change(after):
                 raise SourceChangedError.of(label, change) from e
             raise
-        if change := before.describe_change(self.source.replica.info()[0]):
-            raise SourceChangedError.of(label, change)
+
+    def _check_source(self) -> None:
+        """A source that has changed forbids success: the target may be a mixture."""
+        if change := self.source.info.describe_change(self.source.replica.info()[0]):
+            raise SourceChangedError.of(self.source.replica.label, change)
 
     def _check_target(self, before: FileInfo, after: FileInfo) -> None:
         """Notice that the file that we wrote to was removed, replaced or resized."""
