@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 COUNT ?= 200
+TESTS ?=
 BIN := $(VENV)/bin
 PROGRAM := $(VENV)/.stamp-program
 
@@ -26,12 +27,13 @@ demo: $(PROGRAM) ## Synchronize a large file with an older copy on loopback (tak
 
 # Most tests wait for processes to start and to end, so several of them at a time keep two cores busy.
 test: $(VENV)/.stamp-tests ## Run all tests (takes some minutes)
-	@$(BIN)/python -m pytest -q -n 4
+	@$(BIN)/python -m pytest -q -n 4 $(TESTS)
 
-lowest: ## The same, with the oldest libraries that are admitted
+lowest: ## Those that have to do with libraries, with the oldest ones that are admitted
 	@mkdir -p $(VENV)-lowest
 	@$(PYTHON) scripts/lowest.py requirements.txt requirements-client.txt requirements-server.txt >$(VENV)-lowest/constraints.txt
-	@PIP_CONSTRAINT=$(abspath $(VENV)-lowest/constraints.txt) $(MAKE) --no-print-directory test VENV=$(VENV)-lowest
+	@PIP_CONSTRAINT=$(abspath $(VENV)-lowest/constraints.txt) $(MAKE) --no-print-directory test VENV=$(VENV)-lowest \
+		TESTS="tests/client tests/server tests/test_cli.py tests/test_interop.py tests/test_mp.py tests/test_replica.py"
 
 coverage: $(VENV)/.stamp-tests ## The same, and show what they leave out (takes three times as long)
 	@$(BIN)/python -m pytest -q -n 4 --cov

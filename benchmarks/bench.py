@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.contenders import Contender
 from benchmarks.files import SCATTERED, Pair
-from benchmarks.processes import Sampler, Usage
+from benchmarks.processes import Sampler, Usage, get_bytes_read
 from benchmarks.servers import END_TIMEOUT, ENVIRONMENT, ROOT, Server
 
 DOWNLOAD, UPLOAD = "download", "upload"
@@ -172,6 +172,7 @@ class Bench:
             server.settle()
             server.reset_peak_memory()
         cpu_before = server.get_cpu_seconds() if server else 0
+        read_before = get_bytes_read(server.pid) if server else (0, 0)
         sampler = Sampler({"client": [], "server": [server.pid] if server else []}, SAMPLING_INTERVAL)
         with self.output.open("wb") as output:
             started = time.perf_counter()
@@ -183,8 +184,10 @@ class Bench:
                 assert process.stdin
                 process.stdin.write(given)
                 process.stdin.close()
-                _, status, usage = os.wait4(process.pid, 0)
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
                 wall = time.perf_counter() - started
+                client_read = get_bytes_read(process.pid)
+                _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise ContenderError(f"{' '.join(command)} failed: {self.output.read_text(errors='replace').strip()}")
@@ -192,11 +195,13 @@ class Bench:
         if server:
             server.settle()
         server_cpu = (server.get_cpu_seconds() if server else 0) - cpu_before
+        read_after = get_bytes_read(server.pid) if server else (0, 0)
         # Not usage.ru_maxrss, which includes what we occupied when we started the process.
-        client = Usage(usage.ru_utime + usage.ru_stime, sampler.get_peak("client"), usage.ru_nvcsw, usage.ru_nivcsw)
-        return Sample(
-            wall, client, Usage(server_cpu, sampler.get_peak("server"), *sampler.get_switches("server")), changed=0
-        )
+        switches = usage.ru_nvcsw, usage.ru_nivcsw
+        client = Usage(usage.ru_utime + usage.ru_stime, sampler.get_peak("client"), *switches, *client_read)
+        server_read = (after - before for before, after in zip(read_before, read_after, strict=True))
+        others = Usage(server_cpu, sampler.get_peak("server"), *sampler.get_switches("server"), *server_read)
+        return Sample(wall, client, others, changed=0)
 
 
 class _ending:

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -17,6 +17,8 @@ BLOCK_SIZE = 1024 * 1024
 CORES = len(os.sched_getaffinity(0))
 SCATTERED, PAGES, MISSING = "MiBs", "pages", "missing"
 PAGE_SIZE = 4096
+TABLE_PAGE = 16 * 1024
+"""How large a page of a table is before it's compressed, in bytes."""
 _JUNK_SIZE = 16 * BLOCK_SIZE
 
 
@@ -146,35 +148,103 @@ class Pair:
 
 
 class SparsePair(Pair):
-    """
-    Two files that consist of holes, but for some blocks of the source: large without taking room on the disk.
+    """Two files that have contents in some extents and holes elsewhere: large without taking much room."""
 
-    Only the layout :data:`SCATTERED` makes sense for it.
-    """
-
-    def __init__(self, folder: Path, name: str, size: int, percent: float):
+    def __init__(self, folder: Path, name: str, size: int, extents: list[tuple[int, int]]):
         """
         Make the files.
 
-        :param percent: How much of the source has contents.
+        :param extents: Where they have contents, an offset and a size of at most 1 MiB each.
         """
-        self.size = size
+        self.size, self.extents = size, extents
         self.source = folder / f"{name}-source.bin"
         self.target = folder / f"{name}-target.bin"
-        self.target.touch()
         self._junk = random.Random(size).randbytes(_JUNK_SIZE)
-        with self.source.open("wb") as file:
-            for offset, length in self.choose(SCATTERED, percent):
-                file.seek(offset)
-                file.write(self._get_junk(offset, length))
-            file.truncate(size)
+        _write(self.source, size, ((offset, self._get_junk(offset, length)) for offset, length in extents))
+
+    def choose(self, layout: str, percent: float) -> list[tuple[int, int]]:
+        """Which of the extents get damaged."""
+        count = len(self.extents) if layout == MISSING else round(len(self.extents) * percent / 100)
+        return sorted(random.Random(count).sample(self.extents, count))
 
     def prepare(self, layout: str, percent: float) -> int:
-        """Make the target one large hole (the page cache may be too small for these files: they aren't read)."""
-        os.truncate(self.target, 0)
-        os.truncate(self.target, self.size)
-        _sync(self.source)
-        return sum(size for _, size in self.choose(layout, percent))
+        """See :meth:`Pair.prepare`. A new file of this kind takes too little memory to care for it."""
+        extents = self.choose(layout, percent)
+        if layout == MISSING:
+            self.target.unlink(missing_ok=True)
+        else:
+            self._restore()
+            # What another extent has is as good as junk.
+            parts = ((offset, self._get_junk(offset + BLOCK_SIZE, length)) for offset, length in extents)
+            _write(self.target, self.size, parts)
+        self.warm()
+        return sum(size for _, size in extents)
+
+    def warm(self) -> None:
+        """Read what isn't in a hole, so that it's in the page cache."""
+        for path in (self.source, self.target):
+            if path.exists():
+                for extent in _find_extents(path):
+                    _read_extent(path, extent)
+
+    def is_equal(self) -> bool:
+        """Whether the target equals the source. Of the rest it's known that both have a hole there."""
+        if not self.target.exists() or self.target.stat().st_size != self.size:
+            return False
+        extents = {extent for path in (self.source, self.target) for extent in _find_extents(path)}
+        return all(_read_extent(self.source, extent) == _read_extent(self.target, extent) for extent in extents)
+
+    def get_room(self) -> float:
+        """How much room the target takes, as a part of what the source takes."""
+        os.sync()
+        return self.target.stat().st_blocks / self.source.stat().st_blocks
+
+    def _restore(self) -> None:
+        if not self.target.exists() or self.target.stat().st_size != self.size:
+            parts = ((offset, self._get_junk(offset, length)) for offset, length in self.extents)
+            _write(self.target, self.size, parts)
+
+
+def scatter(size: int, total: int) -> list[tuple[int, int]]:
+    """Choose MiBs of a file of some size that are so many bytes together: one at random in each part of it."""
+    generator, count = random.Random(total), max(1, round(total / BLOCK_SIZE))
+    distance = size // count // BLOCK_SIZE
+    return [((part * distance + generator.randrange(distance)) * BLOCK_SIZE, BLOCK_SIZE) for part in range(count)]
+
+
+def leave_holes(size: int) -> list[tuple[int, int]]:
+    """Choose the halves of pages that a table keeps when it's compressed (as InnoDB does it): the rest are holes."""
+    return [(offset, TABLE_PAGE // 2) for offset in range(0, size, TABLE_PAGE)]
+
+
+def _write(path: Path, size: int, parts: Iterable[tuple[int, bytes]]) -> None:
+    path.touch()
+    # First of all: where a file grows by being written to, XFS takes more room than that.
+    os.truncate(path, size)
+    with path.open("r+b", buffering=0) as file:
+        for offset, data in parts:
+            os.pwrite(file.fileno(), data, offset)
+    _sync(path)
+
+
+def _find_extents(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield what isn't in a hole, in parts of at most 1 MiB: an offset and a size each."""
+    with path.open("rb") as file:
+        fd, offset = file.fileno(), 0
+        while True:
+            try:
+                start = os.lseek(fd, offset, os.SEEK_DATA)
+            except OSError:  # there's nothing more
+                return
+            offset = os.lseek(fd, start, os.SEEK_HOLE)
+            for position in range(start // BLOCK_SIZE * BLOCK_SIZE, offset, BLOCK_SIZE):
+                begin = max(position, start)
+                yield begin, min(position + BLOCK_SIZE, offset) - begin
+
+
+def _read_extent(path: Path, extent: tuple[int, int]) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), extent[1], extent[0])
 
 
 def _sync(path: Path) -> None:

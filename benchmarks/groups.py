@@ -25,7 +25,7 @@ from benchmarks.contenders import (
     XXH128,
     Contender,
 )
-from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair
+from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair, scatter
 from benchmarks.links import Link, Machine, UnavailableError
 from benchmarks.servers import LOOPBACK as LOOPBACK_ADDRESS
 from benchmarks.servers import (
@@ -37,6 +37,7 @@ from benchmarks.servers import (
     SlowStorage,
     TracedServer,
 )
+from benchmarks.sparse import measure_sparse
 
 MEBIBYTE, GIBIBYTE = 1024**2, 1024**3
 PERCENTAGES = (0, 1, 10, 50, 100)
@@ -82,6 +83,7 @@ class Suite:
             "links": self.links,
             "long": self.long,
             "memory": self.memory,
+            "sparse": self.sparse,
         }
         self._pair: Pair | None = None
 
@@ -225,18 +227,22 @@ class Suite:
     def memory(self) -> None:
         """The peak memory for a file, and for one that is :data:`MEMORY_RATIO` times as large (mostly holes)."""
         pairs = [
-            SparsePair(self.bench.folder, f"sparse-{ratio}", self.memory_size * ratio, MEMORY_PERCENT)
-            for ratio in (1, MEMORY_RATIO)
+            SparsePair(self.bench.folder, f"sparse-{ratio}", size, scatter(size, size * MEMORY_PERCENT // 100))
+            for ratio, size in ((ratio, self.memory_size * ratio) for ratio in (1, MEMORY_RATIO))
         ]
         for _ in range(min(2, self.bench.runs)):
             for direction in BOTH:
                 for pair in pairs:
                     # A server of its own each time: what an earlier client left in its memory doesn't count.
                     with PdiffcopyServer(self.bench.folder) as server:
-                        case = Case("memory", DEFAULT, pair.size, direction, percent=MEMORY_PERCENT)
+                        case = Case("memory", DEFAULT, pair.size, direction, percent=100)
                         self.bench.run([Job(case, pair, server)])
         for pair in pairs:
             pair.remove()
+
+    def sparse(self) -> None:
+        """Files that consist of holes for the most part, or of pages with holes."""
+        measure_sparse(self.bench, self.servers[PDIFFCOPY], self.memory_size)
 
     def _jobs(
         self, group: str, contender: Contender, pair: Pair | None = None, direction: str = DOWNLOAD,

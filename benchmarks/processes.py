@@ -37,6 +37,22 @@ def get_cpu_seconds(pid: int) -> float:
     return total
 
 
+def get_bytes_read(pid: int) -> tuple[int, int]:
+    """
+    How many bytes a process and its descendants have read, those that have ended included.
+
+    :returns: Those that they have asked the system for (from connections only by way of ``read``), and those that came
+              from a disk.
+    """
+    read = fetched = 0
+    for member in get_tree(pid):
+        with contextlib.suppress(OSError):
+            numbers = dict(line.split(": ") for line in Path(f"/proc/{member}/io").read_text().splitlines())
+            read += int(numbers["rchar"])
+            fetched += int(numbers["read_bytes"])
+    return read, fetched
+
+
 def get_peak_memory(pid: int) -> int:
     """The largest resident size that a process has had, in bytes (0 when it's gone)."""
     try:
@@ -88,6 +104,10 @@ class Usage(NamedTuple):
     """How often a thread waited for something, and was woken up."""
     preemptions: int
     """How often a thread had to give up its core to another one."""
+    read: int
+    """How many bytes were read, as :func:`get_bytes_read` counts them..."""
+    fetched: int
+    """... and how many of them came from a disk."""
 
 
 class Sampler:

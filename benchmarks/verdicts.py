@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+from benchmarks import sparse
 from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Case, Results, Sample
 from benchmarks.contenders import DEFAULT, IMPORT_REQUESTS, READERS, RSYNC_DELTA, RSYNC_WHOLE, XXH128, Contender
 from benchmarks.files import MISSING, PAGE_SIZE, PAGES, SCATTERED
@@ -21,7 +22,6 @@ from benchmarks.groups import (
     HTTPS,
     LINKS,
     LONG_RELAY,
-    MEMORY_PERCENT,
     MEMORY_RATIO,
     RELAY,
     RIVALS,
@@ -92,6 +92,11 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("1 Gbit/s link, 10 % scattered MiBs", "changed bytes / bandwidth", 1.25, ratios.link),
         ("50 ms round trip, 10 % scattered MiBs", "the same without delay", 2.0, ratios.long),
         (f"memory, {MEMORY_RATIO} times the file", "the file", 1.05, ratios.memory),
+        ("1 TiB with 256 MiB of data, missing and equal", "256 MiB without holes", 3.0, ratios.sparse_time),
+        ("16 TiB with 1 GiB of data, memory", "1 GiB without holes", 1.1, ratios.sparse_memory),
+        ("100 GiB with 5 GiB of data, bytes moved, and read a side", "the data", 1.02, ratios.sparse_bytes),
+        ("100 GiB with 5 GiB of data, room", "the source", 1.01, ratios.sparse_room),
+        ("compressed pages, whole and delta, room", "the source", 1.02, ratios.page_room),
     ]
     return [
         Verdict(work, against, limit, {name: ratio for name, ratio in measure() if ratio is not None})
@@ -167,16 +172,60 @@ class _Ratios:
 
     def memory(self) -> Ratios:
         for direction in (DOWNLOAD, UPLOAD):
-            small = Case("memory", DEFAULT, self.memory_size, direction, percent=MEMORY_PERCENT)
-            large = replace(small, size=MEMORY_RATIO * self.memory_size)
+            small = Case("memory", DEFAULT, self.memory_size, direction, percent=100)
+            yield from self._compare_peaks(replace(small, size=MEMORY_RATIO * self.memory_size), small)
+
+    def _compare_peaks(self, large: Case, small: Case) -> Ratios:
+        for side in ("client", "server"):
+            peaks = [self.results.median(case, partial(_get_peak, side)) for case in (large, small)]
+            yield f"{side}, {large.work}", _divide(*peaks)
+
+    def sparse_time(self) -> Ratios:
+        total = self.memory_size // sparse.TIME_PART
+        for dense in self._get_sparse_cases(total):
+            yield dense.work, self.compare(replace(dense, size=total * sparse.TIME), dense)
+
+    def sparse_memory(self) -> Ratios:
+        for dense in self._get_sparse_cases(self.memory_size):
+            yield from self._compare_peaks(replace(dense, size=self.memory_size * sparse.MEMORY), dense)
+
+    def sparse_bytes(self) -> Ratios:
+        total = self.memory_size * sparse.BYTES_FACTOR
+        for direction in (DOWNLOAD, UPLOAD):
+            case = sparse.get_case(total * sparse.BYTES, direction, MISSING, sparse.RELAY)
+            yield f"moved, {case.work}", self.results.median(case, _get_wire_share)
+            case = sparse.get_case(total * sparse.BYTES, direction, SCATTERED, sparse.COLD)
             for side in ("client", "server"):
-                peaks = [self.results.median(case, partial(_get_peak, side)) for case in (large, small)]
-                yield f"{side}, {direction}", _divide(*peaks)
+                yield f"asked for by the {side}, {case.work}", self._get_share(case, side, "read", total)
+                yield f"read from its disk by the {side}, {case.work}", self._get_share(case, side, "fetched", total)
+
+    def _get_share(self, case: Case, side: str, name: str, total: int) -> float | None:
+        return _divide(self.results.median(case, lambda sample: getattr(getattr(sample, side), name)), total)
+
+    def sparse_room(self) -> Ratios:
+        size = self.memory_size * sparse.BYTES_FACTOR * sparse.BYTES
+        for direction in (DOWNLOAD, UPLOAD):
+            case = sparse.get_case(size, direction, MISSING, sparse.RELAY)
+            yield case.work, self.results.median(case, _get_room)
+
+    def page_room(self) -> Ratios:
+        for case in list(self.results.samples):
+            if case.link == sparse.TABLE:
+                yield case.work, self.results.median(case, _get_room)
+
+    def _get_sparse_cases(self, size: int) -> Iterator[Case]:
+        for layout, _ in sparse.WORK:
+            for direction in (DOWNLOAD, UPLOAD):
+                yield sparse.get_case(size, direction, layout)
 
 
 def _get_peak(side: str, sample: Sample) -> float:
     """The peak memory of a side, as a key of a sample."""
     return sample.client.memory if side == "client" else sample.server.memory
+
+
+def _get_room(sample: Sample) -> float:
+    return sample.details["room"]
 
 
 def _get_wire_share(sample: Sample) -> float:

@@ -23,6 +23,8 @@ class Address(NamedTuple):
     hostname: str = ""
     port: int = DEFAULT_PORT
     scheme: str = "http"
+    within: str = ""
+    """A folder that the file lies in, and that no link below may lead out of (empty: links are followed)."""
 
     def __str__(self) -> str:
         """The expression that :func:`parse_location` makes this address of."""

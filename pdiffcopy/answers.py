@@ -1,8 +1,9 @@
 """
 What does a server answer, and how is that spelled?
 
-File information, streams of digests, flags and problems: this is the way back of the wire contract, written once, as
-:mod:`.protocol` has the way there. There is no I/O here. What a server says is checked before it is believed.
+File information, flags and problems: this is the way back of the wire contract, written once, as :mod:`.protocol` has
+the way there. (:mod:`.streams` has the answers that take long.) There is no I/O here. What a server says is checked
+before it is believed.
 """
 
 from __future__ import annotations
@@ -10,29 +11,26 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from http import HTTPStatus
+from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdiffcopy.blocks import (
     MAX_ID,
     MAX_MODE,
     MAX_OFFSET,
+    MAX_TIME,
     SET_ID_BITS,
-    BlockDigest,
     Extent,
     FileInfo,
-    Hole,
     Metadata,
+    align,
 )
 from pdiffcopy.digests import compute_digest
-from pdiffcopy.exceptions import ProgramError, ProtocolError, ReportedError, TransientError
+from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.features import FEATURES
 
 PROBLEM_TYPE = "application/problem+json"
-DONE = "done"
 VERIFIED = "verified"
 """The member of the answer to ``POST /blocks`` that is true when what lies in the target was compared with a digest."""
 CLAIMED = "claimed"
@@ -41,29 +39,21 @@ CLAIMED = "claimed"
 
 MAX_SETTLING = 2000
 """How long a client may have to wait until a change shows in the time of a file, in milliseconds."""
-MAX_LINE = 4096
-"""The longest line of a stream in bytes: an offset and 512 hexadecimal digits are shorter, and so is a problem."""
-MAX_UNCHECKED = 65536
-"""How many hash lines may come before the digest of them, and how many empty ones (one takes seconds)."""
 MAX_DETAIL = 400
 """How many characters of a problem's detail are passed on."""
 
 MAX_HOLES = 8192
-"""How many holes an answer tells at most."""
+"""How many holes a server looks at for an answer at most."""
 CLEARED = "cleared"
 """The member of the answer to ``POST /zeros`` that is false where a file can't have holes."""
 
-_HASH_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\t([0-9a-f]{2,512}(?:\.[0-9a-f]{32})?)")
-_HOLE_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\thole\t([1-9][0-9]{0,18})")
 
-
-@dataclass(frozen=True)
-class PeerInfo:
+class PeerInfo(NamedTuple):
     """What the other side can do (the defaults describe version 1.0.1)."""
 
     version: str = "1.0"
-    features: frozenset[str] = field(default_factory=frozenset)
-    methods: frozenset[str] = field(default_factory=frozenset)
+    features: frozenset[str] = frozenset()
+    methods: frozenset[str] = frozenset()
     """The hash methods it has (empty when it doesn't tell)."""
     writable: bool = True
     room: int | None = None
@@ -81,92 +71,14 @@ def sign_answer(request: str, status: int, digest: str) -> str:
     return compute_digest(f"{request} {status} {digest}".encode("utf-8", "surrogateescape"))
 
 
-# Streams of digests {{{1
-
-
-def format_hashes(digests: Iterable[BlockDigest | Hole]) -> bytes:
-    """Spell lines of a hash stream."""
-    return "".join(map(_format_line, digests)).encode("ascii")
-
-
-def _format_line(item: BlockDigest | Hole) -> str:
-    return f"{item.offset}\thole\t{item.size}\n" if isinstance(item, Hole) else f"{item.offset}\t{item.digest}\n"
-
-
-def format_checked(digests: Iterable[BlockDigest | Hole]) -> bytes:
-    """Spell lines of a hash stream, and their XXH128 digest after an equals sign (an empty line if there are none)."""
-    lines = format_hashes(digests)
-    return b"%b=%b\n" % (lines, compute_digest(lines).encode("ascii")) if lines else b"\n"
-
-
-def parse_hashes(chunks: Iterable[bytes]) -> Iterator[BlockDigest | Hole]:
-    """
-    Read a hash stream.
-
-    :param chunks: The bytes as they arrive, cut anywhere.
-    :raises: :exc:`.ProtocolError` for anything but complete lines of a decimal offset and a hexadecimal digest.
-    """
-    for line in split_lines(chunks):
-        yield _parse_hash(line.rstrip(b"\r"))
-
-
-def parse_checked(chunks: Iterable[bytes]) -> Iterator[BlockDigest | Hole]:
-    """
-    Read a hash stream with checks: what it yields arrived as it was sent.
-
-    :param chunks: The bytes as they arrive, cut anywhere.
-    :raises: :exc:`.TransientError` for lines that don't have the digest that follows them, :exc:`.ReportedError` for a
-             problem, :exc:`.ProtocolError` for anything that isn't such a stream.
-    """
-    held: list[bytes] = []
-    empty = 0
-    for line in split_lines(chunks):
-        if line.startswith(b"="):
-            lines = b"".join(b"%b\n" % line for line in held)
-            if compute_digest(lines).encode("ascii") != line[1:]:
-                raise TransientError("The server's hashes were damaged on their way")
-            yield from map(_parse_hash, held)
-            held.clear()
-            empty = 0
-        elif line.startswith(b"{"):
-            raise decode_report(line)
-        elif line == DONE.encode("ascii") and not held:
-            return
-        elif line:
-            held.append(line)
-        else:
-            empty += 1
-        if max(len(held), empty) > MAX_UNCHECKED:
-            raise ProtocolError("The server sent more than {limit} lines without a check", limit=MAX_UNCHECKED)
-    raise ProtocolError("The server's hashes end early")
-
-
-def _parse_hash(line: bytes) -> BlockDigest | Hole:
-    match = _HASH_LINE.fullmatch(line)
-    if not match:
-        if hole := _HOLE_LINE.fullmatch(line):
-            return Hole(int(hole[1]), int(hole[2]))
-        raise ProtocolError("The server sent a malformed hash line: {line}", line=repr(line[:80]))
-    return BlockDigest(int(match[1]), match[2].decode("ascii"))
-
-
-def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """
-    Cut a body into its lines.
-
-    :raises: :exc:`.ProtocolError` for a line that is too long or has no end.
-    """
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-        if len(rest) > MAX_LINE:
-            raise ProtocolError("The server sent a line of more than {limit} bytes", limit=MAX_LINE)
-    if rest:
-        raise ProtocolError("The server's answer ends in the middle of a line")
-
-
 # File information {{{1
+
+_BOUNDS = {
+    **dict.fromkeys(("size", "mode", "grain", "allocated"), (0, MAX_OFFSET)),
+    **dict.fromkeys(("mtime_ns", "ctime_ns"), (-MAX_TIME, MAX_TIME)),
+    "settles_ms": (0, MAX_SETTLING),
+}
+"""The numbers that tell of a file, and how large they are at least and at most."""
 
 
 def encode_info(info: FileInfo, peer: PeerInfo) -> dict[str, Any]:
@@ -207,30 +119,33 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
     )
     if not exists:
         return FileInfo(False), peer
-    times = {name: document.get(name, 0) for name in ("mtime_ns", "ctime_ns", "settles_ms")}
-    size, settles_ms = document.get("size"), times["settles_ms"]
-    mode = document.get("mode", FileInfo.mode)
-    places = {name: document.get(name, 0) for name in ("grain", "allocated")}
-    for value in (size, mode, *places.values(), *times.values()):
-        if type(value) is not int or value > MAX_OFFSET:
-            raise ProtocolError("The server states an impossible size or time: {value}", value=repr(value)[:80])
-    if size < 0 or min(places.values()) < 0 or not 0 <= settles_ms <= MAX_SETTLING:
-        raise ProtocolError("The server states an impossible size or time: {value}", value=f"{size}, {settles_ms}")
+    numbers = {name: document.get(name, FileInfo._field_defaults.get(name)) for name in _BOUNDS}
+    numbers["size"] = document.get("size")
+    for name, (least, most) in _BOUNDS.items():
+        if type(value := numbers[name]) is not int or not least <= value <= most:
+            raise ProtocolError("The server states an impossible {name}: {value}", name=name, value=repr(value)[:80])
+    numbers["mode"] &= MAX_MODE
     resizable = document.get("resizable", True) is True
     file_id = str(document.get("file_id", ""))[:80]
     has_holes = document.get("has_holes", False) is True
-    kind = {"file_id": file_id, "resizable": resizable, "mode": mode & MAX_MODE, "has_holes": has_holes}
-    return FileInfo(True, size, **kind, **places, **times), peer
+    return FileInfo(True, file_id=file_id, resizable=resizable, has_holes=has_holes, **numbers), peer
 
 
 def _strings(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)][:1000] if isinstance(value, list) else []
 
 
-def encode_holes(holes: Iterable[Extent], stop: int) -> dict[str, Any]:
-    """Make the members of the answer to ``/holes``: as many holes as it can tell, and how far it has looked."""
-    told = list(islice(holes, MAX_HOLES))
-    return {"holes": [list(hole) for hole in told], "stop": sum(told[-1]) if len(told) == MAX_HOLES else stop}
+def encode_holes(holes: Iterable[Extent], stop: int, grain: int = 1) -> dict[str, Any]:
+    """
+    Make the members of the answer to ``/holes``: which holes there are, and how far the server has looked.
+
+    :param holes: All holes, however small. It looks at some of them: to find more of them would take too long.
+    :param stop: Where it stops looking in any case.
+    :param grain: The size of the smallest hole that is told.
+    """
+    found = list(islice(holes, MAX_HOLES))
+    told = [list(part) for hole in found if (part := align(hole, grain, stop))]
+    return {"holes": told, "stop": sum(found[-1]) if len(found) == MAX_HOLES else stop}
 
 
 def decode_holes(text: bytes, start: int, stop: int) -> tuple[list[Extent], int]:
@@ -259,11 +174,12 @@ def decode_metadata(text: bytes) -> Metadata:
     """
     try:
         document = json.loads(text)
-        found = Metadata(**{name: document[name] for name in vars(Metadata())})
+        found = Metadata(**{name: document[name] for name in Metadata._fields})
         bounds = (found.mode, MAX_MODE | SET_ID_BITS), (found.uid, MAX_ID), (found.gid, MAX_ID)
         is_possible = all(type(number) is int and 0 <= number <= most for number, most in bounds)
         has_names = all(re.fullmatch(r"[^\0:/]{0,256}", name) for name in (found.owner, found.group))
-        if is_possible and has_names and type(found.mtime_ns) is int and abs(found.mtime_ns) < 10**30:
+        os.fsencode(found.owner + found.group)  # a ValueError for what no name can be
+        if is_possible and has_names and type(found.mtime_ns) is int and abs(found.mtime_ns) <= MAX_TIME:
             return found
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
@@ -307,21 +223,6 @@ def decode_flag(text: bytes, name: str) -> bool:
 def encode_problem(status: int, title: str, detail: str, members: Mapping[str, Any] | None = None) -> str:
     """Spell an error as RFC 9457 has it."""
     return json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail, **(members or {})})
-
-
-def encode_report(error: ProgramError) -> str:
-    """Spell an error as the last line of a stream, which has begun with the status 200."""
-    detail = str(error)[:MAX_DETAIL]
-    return encode_problem(error.http_status, HTTPStatus(error.http_status).phrase, detail) + "\n"
-
-
-def decode_report(line: bytes) -> ReportedError:
-    """Read the last line of a stream that ends with an error."""
-    try:
-        status = json.loads(line)["status"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        status = 0
-    return ReportedError("{detail}", detail=decode_problem(line), status=status if type(status) is int else 0)
 
 
 def decode_problem(text: bytes) -> str:

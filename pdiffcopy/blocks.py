@@ -8,16 +8,16 @@ are in bytes. The offset of a block is a multiple of the block size; only the la
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 __all__ = [
+    "DEFAULT_MODE",
     "HOLES",
     "MAX_ID",
     "MAX_MODE",
     "MAX_OFFSET",
+    "MAX_TIME",
     "SET_ID_BITS",
     "ZEROS",
     "Block",
@@ -26,6 +26,7 @@ __all__ = [
     "FileInfo",
     "Hole",
     "Metadata",
+    "align",
     "block_length",
     "count_blocks",
     "cut",
@@ -39,10 +40,16 @@ HOLES, ZEROS = "holes", "zeros"
 """How a part of a file can be nothing: with no room on the disk, and with some."""
 MAX_OFFSET = 2**63 - 1
 """The largest offset that Linux knows (``off_t``)."""
+MAX_TIME = 2**63 * 10**9
+"""The largest distance from 1970 that it knows, in nanoseconds (``time_t`` counts seconds), forwards or backwards."""
 MAX_MODE = 0o777
 """The permission bits of a file, without those that change the identity of a process (set-id)."""
+DEFAULT_MODE = 0o666
+"""Those of a file of which they aren't known."""
 MAX_ID = 2**32 - 2
 """The highest number of a user or a group (the one after it means that there is none)."""
+MAX_TIME = (2**63 - 1) * 10**9
+"""The latest time in nanoseconds since 1970 (``time_t`` counts seconds), and the earliest one without its sign."""
 SET_ID_BITS = 0o7000
 """Those, and the one that goes with them (sticky)."""
 
@@ -82,29 +89,28 @@ class Block(NamedTuple):
     """How many it stands for."""
 
 
-@dataclass(frozen=True)
-class FileInfo:
+class FileInfo(NamedTuple):
     """What is known about a file (a 1.0.1 server tells the size and nothing else)."""
 
     exists: bool
     size: int = 0
     mtime_ns: int = 0
-    """The time of the last modification in nanoseconds since 1970 (0 when it isn't known)."""
+    """The time of the last modification in nanoseconds since 1970, or before (0 when it isn't known)."""
     ctime_ns: int = 0
     """The same for the last change of the inode, which nobody can set back (0 when it isn't known)."""
     file_id: str = ""
     """What no other file has, on any machine, until this one starts anew (empty when it isn't known)."""
     resizable: bool = True
     """False for a block device: its size is what it is."""
-    mode: int = 0o666
-    """Who may read, write and execute the file (the permission bits; 0666 when they aren't known)."""
-    grain: int = field(default=0, compare=False)
+    mode: int = DEFAULT_MODE
+    """Who may read, write and execute the file (the permission bits)."""
+    grain: int = 0
     """The size of the smallest hole that it can have, in bytes (0 when it can have none, or that isn't known)."""
-    has_holes: bool = field(default=False, compare=False)
+    has_holes: bool = False
     """Whether it has some."""
-    allocated: int = field(default=0, compare=False)
+    allocated: int = 0
     """How many bytes it takes on its disk, as far as they're a part of its size."""
-    settles_ms: int = field(default=0, compare=False)
+    settles_ms: int = 0
     """For how long another change may bear the same time as the last one, in milliseconds."""
 
     @property
@@ -118,15 +124,15 @@ class FileInfo:
             return "identity"
         if self.size != later.size:
             return "size"
-        return "time" if self != later else ""
+        mine, theirs = ((info.mtime_ns, info.ctime_ns, info.mode) for info in (self, later))
+        return "time" if mine != theirs else ""
 
     def as_dict(self) -> dict[str, Any]:
         """All members but :attr:`exists` (none at all when there is no file)."""
-        return {name: value for name, value in vars(self).items() if name != "exists"} if self.exists else {}
+        return {name: value for name, value in self._asdict().items() if name != "exists"} if self.exists else {}
 
 
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(NamedTuple):
     """What a file has beside its contents. What is :data:`None` is left as it is."""
 
     mode: int | None = None
@@ -138,6 +144,10 @@ class Metadata:
     group: str = ""
     mtime_ns: int | None = None
     """The time of the last modification in nanoseconds since 1970, which may be negative."""
+
+    def with_access(self) -> Metadata:
+        """The same, but the owner may read and write."""
+        return self if self.mode is None else self._replace(mode=self.mode | 0o600)
 
 
 def block_length(offset: int, size: int, block_size: int) -> int:
@@ -173,7 +183,8 @@ def halve(extents: Sequence[Extent]) -> tuple[tuple[Extent, ...], tuple[Extent, 
 def intersect(extent: Extent, extents: Sequence[Extent]) -> Iterator[Extent]:
     """Yield the parts of an extent that lie in some others, which are in ascending order."""
     first = bisect_right(extents, extent.offset, key=lambda other: other.offset) - 1
-    for other in extents[max(first, 0) :]:
+    for index in range(max(first, 0), len(extents)):
+        other = extents[index]
         begin, end = max(extent.offset, other.offset), min(sum(extent), sum(other))
         if begin < end:
             yield Extent(begin, end - begin)
@@ -181,18 +192,43 @@ def intersect(extent: Extent, extents: Sequence[Extent]) -> Iterator[Extent]:
             return
 
 
-def subtract(extents: Sequence[Extent], holes: Sequence[Extent]) -> Iterator[Extent]:
-    """Yield what is left of some extents without others, which lie in them (both in ascending order)."""
-    remaining = deque(holes)
+def subtract(extents: Iterable[Extent], holes: Sequence[Extent]) -> Iterator[Extent]:
+    """Yield what is left of some extents without others (both in ascending order)."""
     for extent in extents:
-        position, end = extent.offset, sum(extent)
-        while remaining and remaining[0].offset < end:
-            hole = remaining.popleft()
+        position = extent.offset
+        for hole in intersect(extent, holes):
             if position < hole.offset:
                 yield Extent(position, hole.offset - position)
             position = sum(hole)
-        if position < end:
-            yield Extent(position, end - position)
+        if position < sum(extent):
+            yield Extent(position, sum(extent) - position)
+
+
+def align(extent: Extent, unit: int, stop: int | None = None) -> Extent | None:
+    """
+    Find the part of an extent that consists of whole units.
+
+    :param stop: Where the last unit ends, whole or not.
+    :returns: That part, or :data:`None` where there's none.
+    """
+    begin, end = -(-extent.offset // unit) * unit, sum(extent)
+    if end != stop:
+        end -= end % unit
+    return Extent(begin, end - begin) if begin < end else None
+
+
+def find_layout(block: Extent, holes: Sequence[Extent], block_size: int, grain: int) -> str:
+    """
+    Spell where a block has holes, as far as they consist of whole grains.
+
+    A grain that only begins or ends in the block doesn't count: whether that's a hole depends on its neighbor, too.
+
+    :param holes: Those of the file, in ascending order.
+    :returns: ``BEGIN:END,BEGIN:END,...`` in bytes from the beginning of the block (empty when it has none).
+    """
+    stop = sum(block) if block.size < block_size else None  # there the file ends
+    parts = (align(part, grain, stop) for part in intersect(block, holes))
+    return ",".join(f"{part.offset - block.offset}:{sum(part) - block.offset}" for part in parts if part)
 
 
 def cut(extents: Iterable[Extent], size: int) -> Iterator[Extent]:

@@ -1,5 +1,5 @@
 """
-Usage: pdiffcopy [OPTIONS] [SOURCE TARGET]
+Usage: pdiffcopy [OPTIONS] [SOURCE... TARGET]
 
 Make TARGET equal to SOURCE: large files, on this server or on others. Both are hashed on many cores, and only the
 blocks that differ move, many at a time.
@@ -7,6 +7,9 @@ blocks that differ move, many at a time.
 Each of the two is the pathname of a local file, or the location of a file behind a pdiffcopy server: 'host:/path',
 'host:port/path', '[v6]:port/path' (as it is) or 'http://host:port/path', 'https://...' (percent-encoded). The default
 port is 8080. Write './host:8080/x' for a local file with a colon before the first slash of its name.
+
+Several sources go into the folder TARGET, which is created where it's missing, and so does one source if TARGET is a
+folder or ends with a slash.
 
 Without SOURCE and TARGET the program is the server.
 
@@ -25,6 +28,21 @@ Supported options:
   -W, --whole-file
 
     Don't compare, copy everything.
+
+  -r, --recursive
+
+    Bring the files in the folder SOURCE, and in all folders below, into line with those of the same names in the folder
+    TARGET. Missing folders are created, and files that only TARGET has are left alone. Links, FIFOs, sockets and
+    devices are left out and counted (-v names them), and nothing is followed out of a folder.
+
+  -a, --archive
+
+    The same as -r -p -t -o -g.
+
+  --include=GLOB, --exclude=GLOB
+
+    Choose files with -r by their names below SOURCE (may be repeated: the first one that fits decides, and what fits
+    none is included; '*' stands for any characters, slashes too).
 
   -c, --concurrency=COUNT
 
@@ -94,6 +112,10 @@ Supported options:
 
     Print one JSON object on stdout at the end (messages go to stderr).
 
+  --progress=json
+
+    Write a line of JSON to stderr each second: bytes and files done, the rate, the time left.
+
   --root=DIRECTORY
 
     Server: resolve paths inside this directory, and let none leave it.
@@ -147,6 +169,7 @@ not be verified, 129 hung up, 130 interrupted, 143 terminated.
 from __future__ import annotations
 
 import gc
+import logging
 import resource
 import sys
 from collections.abc import Iterator
@@ -174,6 +197,8 @@ from pdiffcopy.security import load_token, warn_of_eavesdroppers
 if TYPE_CHECKING:
     from pdiffcopy.client import Client
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["main", "run_client", "run_server"]
 
 
@@ -184,6 +209,7 @@ def main() -> NoReturn:
         heed_signals()
         log_messages()
         _run(sys.argv[1:])
+        sys.stdout.flush()
         message, status = "", 0
     except EndingSignal as e:
         message, status = e.describe()
@@ -209,33 +235,53 @@ def _run(arguments: list[str]) -> None:
         run_server(**select(options, "server"))
     elif "--listen" in options:
         raise UsageError("--listen starts a server, which takes no locations: leave out one or the other")
-    elif len(locations) != 2:
+    elif len(locations) < 2:
         raise UsageError("Give two locations, SOURCE and TARGET (pdiffcopy --help explains)")
     else:
-        run_client(source=locations[0], target=locations[1], **select(options, "client"))
+        run_client(sources=locations[:-1], target=locations[-1], **select(options, "client"))
 
 
 def run_client(**options: Any) -> None:
     """
     Run the client program.
 
-    :param options: The options of the command line by their long names (with underscores): ``source``, ``target``,
-                    ``block_size``, ``hash_method``, ``whole_file``, ``concurrency``, ``dry_run``, ``benchmark``,
-                    ``no_verify``, ``fsync``, ``atomic``, ``perms``, ``times``, ``owner``, ``group``, ``sparse``,
-                    ``timeout``, ``retries``, ``token_file``, ``ca_file``, ``json``.
+    :param options: The options of the command line by their long names (with underscores): ``sources`` (or ``source``),
+                    ``target``, ``block_size``, ``hash_method``, ``whole_file``, ``concurrency``, ``dry_run``,
+                    ``benchmark``, ``no_verify``, ``fsync``, ``atomic``, ``perms``, ``times``, ``owner``, ``group``,
+                    ``sparse``, ``recursive``, ``rules``, ``timeout``, ``retries``, ``token_file``,
+                    ``ca_file``, ``progress``, ``json``.
     """
     as_json = options.pop("json", False)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with _starting():
         client = _make_client(**options)
-    warn_of_eavesdroppers([client.source.address, client.target.address], client.network.token)
+    addresses = [location.address for location in (*client.sources, client.target)]
+    warn_of_eavesdroppers(addresses, client.network.token)
+    if client.is_about_many:
+        _run_files(client, as_json)
+        return
     if client.benchmark:
         outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
     else:
         outcome = client.run().as_dict()
     if as_json:
         print_json(outcome)
+
+
+def _run_files(client: Client, as_json: bool) -> None:
+    from pdiffcopy.client.summary import Summary
+    from pdiffcopy.spool import Spool
+
+    if client.benchmark:
+        raise UsageError("--benchmark takes one source, which is a file")
+    summary = Summary()
+    with Spool(as_json) as files:
+        for file in client.run_files(summary):
+            files.add(file.as_dict)
+        logger.log(logging.WARNING if summary.reservations else logging.INFO, "%s", summary)
+        files.print(summary.as_dict())
+    summary.check()
 
 
 def _make_client(**options: Any) -> Client:
@@ -246,6 +292,8 @@ def _make_client(**options: Any) -> Client:
     network: dict[str, Any] = {name: options.pop(name) for name in ("timeout", "retries", "ca_file") if name in options}
     network["token"] = load_token(options.pop("token_file", ""))
     options.setdefault("hash_method", "auto")
+    if len(options.get("sources", ())) == 1:
+        (options["source"],) = options.pop("sources")
     client = Client(
         delta_transfer=not options.pop("whole_file", False),
         verify=not options.pop("no_verify", False),
@@ -253,7 +301,7 @@ def _make_client(**options: Any) -> Client:
         **options,
     )
     with suppress(DependencyError):  # that's for the run to tell
-        for location in (client.source, client.target):
+        for location in (*client.sources, client.target):
             location.replica  # noqa: B018 (imports what it needs)
     return client
 

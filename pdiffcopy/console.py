@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import coloredlogs
@@ -37,6 +38,8 @@ class EndingSignal(KeyboardInterrupt):
 
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 _is_ending = False
+_has_printed = False
+"""Whether a JSON object was printed, which is the only one then."""
 
 
 def open_standard_streams() -> None:
@@ -115,8 +118,17 @@ def _end(number: int, frame: Any) -> NoReturn:
 
 def print_json(document: dict[str, Any]) -> None:
     """Print what other programs want to know. They have to get all of it, or to learn that they didn't."""
-    try:
+    with printing():
         print(json.dumps(document), flush=True)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Let it be known when what a program wants to know doesn't get to it, and print nothing of that kind again."""
+    global _has_printed
+    _has_printed = True
+    try:
+        yield
     except OSError as e:
         with open(os.devnull, "wb") as nowhere:  # or Python would try again when it ends
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -125,7 +137,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 def fail(message: str, status: int) -> int:
     """Say why the program ends, in a line and (if it's wanted) as a JSON object, and return the exit code."""
-    if "--json" in sys.argv[1:]:
+    if "--json" in sys.argv[1:] and not _has_printed:
         with suppress(ProgramError, RuntimeError):  # the latter when a signal has interrupted just that
             print_json({"error": message, "exit_code": status})
     with suppress(OSError):
@@ -140,7 +152,11 @@ def show_traceback() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End the program: after a signal without waiting for threads that wait for something else."""
-    if _is_ending:
-        os._exit(status)
-    sys.exit(status)
+    """
+    End the program, without waiting for threads that wait for something else.
+
+    Nor is anything taken apart that goes away with the process, which takes some milliseconds.
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["METHOD", "BlockwiseHasher", "compute_digest", "digest_blockwise", "new_hasher"]
+__all__ = ["METHOD", "BlockwiseHasher", "compute_digest", "digest_blockwise", "digest_layout", "new_hasher"]
 
 METHOD = "xxh128"
 """The name of the hash method that compares blocks by the same digests."""
@@ -59,6 +59,11 @@ class BlockwiseHasher:
         self.digests.update(self.block.hexdigest().encode("ascii"))
         self.block = self.new_block()
         self.room = self.block_size
+
+
+def digest_layout(layout: str) -> str:
+    """Compute the digest of where a block has holes (see :func:`.find_layout`), empty when it has none."""
+    return compute_digest(layout.encode("ascii")) if layout else ""
 
 
 def digest_blockwise(digests: Iterable[str]) -> str:

@@ -316,6 +316,10 @@ class SourceChangedError(ProgramError):
         return cls(text, label=label, what=what)
 
 
+class FilesFailedError(ProgramError):
+    """Raised at the end of a run of many files of which some have failed. Its exit code is theirs, if they agree."""
+
+
 class VerificationError(ProgramError):
     """Raised when a part of the target keeps differing from what the source sent."""
 

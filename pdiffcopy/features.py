@@ -40,20 +40,28 @@ The rest a client uses only when the server lists it as a *feature* in its answe
 :data:`FEATURE_EXTENTS`
     ``/blocks`` takes ``extents=OFFSET:SIZE,OFFSET:SIZE,...`` instead of offset and size: the body carries the bytes
     of all of them, one after the other.
+:data:`FEATURE_LIST`
+    ``GET /list?filename=&depth=`` tells what a name leads to and, if that is a folder, what lies in it, down to a
+    number of levels: a line of kind, size, time and name (percent-encoded) for each, in the order of :mod:`.entries`,
+    as a stream with checks.
+:data:`FEATURE_MANY`
+    ``POST /many`` does what several requests ask for, which are its body (:mod:`.bundles`).
 :data:`FEATURE_METADATA`
     ``GET /metadata?filename=`` tells mode, owner, group and time of a file, ``POST /metadata`` sets what is given of
-    them. With ``in_advance=1`` owner and group are set, and of the rest only what would be refused is.
+    them. With ``in_advance=1`` it's only found out what would be refused, and those lose access who aren't going to
+    have any.
 :data:`FEATURE_PIECES`
     ``GET /pieces?filename=&extents=&size=&method=`` answers with the digests of the pieces of some extents, as they
     are, one after the other. And ``/blocks`` takes ``packed=``, which are extents in a short form (:class:`.Packed`).
 :data:`FEATURE_RESUME`
     ``/hashes`` takes ``offset=`` (a multiple of the block size) and begins there, and its lines come in order. With
-    ``checks=1`` the digest of the lines follows after each few of them (:func:`.format_checked`), empty lines keep the
+    ``checks=1`` the digest of the lines follows after each few of them (:func:`.add_check`), empty lines keep the
     connection alive, and the last line is :data:`.DONE` or a problem.
 :data:`FEATURE_SPARSE`
     ``/hashes`` takes ``grain=`` together with ``checks=1``: a line of an offset, ``hole`` and a size stands for all
     blocks of a hole, and a digest is followed by a dot and a digest of the layout of the holes in its block, if it has
-    some (those that consist of whole grains; of ``BEGIN:END,BEGIN:END,...`` in bytes from the beginning of the block).
+    some (as far as they consist of whole grains of the file, none of which is cut by the block; of
+    ``BEGIN:END,BEGIN:END,...`` in bytes from the beginning of the block).
     ``GET /holes?filename=&offset=&stop=&grain=`` tells holes, and how far it has looked.
     ``POST /zeros?filename=&packed=`` makes zeros of some extents: with ``keep=1`` such that take room on the disk,
     otherwise holes (or not, where the answer says that there can be none). ``/info`` tells the ``grain`` of a file
@@ -69,7 +77,7 @@ from __future__ import annotations
 FEATURE_ANSWER, FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "answer", "blockwise", "claim", "digest"
 FEATURE_ATOMIC, FEATURE_METADATA = "atomic", "metadata"
 FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_RESUME, FEATURE_SYNC = "extents", "pieces", "resume", "sync"
-FEATURE_SPARSE = "sparse"
+FEATURE_LIST, FEATURE_MANY, FEATURE_SPARSE = "list", "many", "sparse"
 FEATURES = frozenset(
     [
         FEATURE_ANSWER,
@@ -78,6 +86,8 @@ FEATURES = frozenset(
         FEATURE_CLAIM,
         FEATURE_DIGEST,
         FEATURE_EXTENTS,
+        FEATURE_LIST,
+        FEATURE_MANY,
         FEATURE_METADATA,
         FEATURE_PIECES,
         FEATURE_RESUME,

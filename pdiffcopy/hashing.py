@@ -17,12 +17,13 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, TimeoutError
 from functools import cache, lru_cache, partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 from pdiffcopy import digests
-from pdiffcopy.blocks import BlockDigest, Extent, Hole
+from pdiffcopy.blocks import BlockDigest, Extent, Hole, align, find_layout
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.openfile import OpenFile
@@ -100,6 +101,22 @@ class Budget:
             self._left += count
 
 
+T = TypeVar("T")
+
+
+class _Here(Executor):
+    """Does what is submitted in the thread that submits it."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **options: Any) -> Future[T]:
+        """Do it now."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **options))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+
 class Hashers:
     """Threads that hash, for one reader or for many (a context manager)."""
 
@@ -107,12 +124,12 @@ class Hashers:
         """
         Initialize them. They start when there is something to do, so this may be done before a fork.
 
-        :param threads: How many there are.
+        :param threads: How many there are (0: who reads hashes, too, which is best where others do at the same time).
         :param budget: How many digests may wait for all readers together (by default as many as there are).
         """
         self.threads = threads
         self.budget = budget or Budget()
-        self.executor = ThreadPoolExecutor(threads, "hash")
+        self.executor = ThreadPoolExecutor(threads, "hash") if threads else _Here()
 
     def __enter__(self) -> Hashers:
         """Nothing to prepare."""
@@ -123,14 +140,7 @@ class Hashers:
         self.executor.shutdown()
 
     def hash(
-        self,
-        file: OpenFile,
-        start: int,
-        stop: int,
-        block_size: int,
-        method: str,
-        concurrency: int = 0,
-        grain: int = 0,
+        self, file: OpenFile, start: int, stop: int, block_size: int, method: str, concurrency: int = 0, grain: int = 0
     ) -> Generator[list[BlockDigest | Hole], None, None]:
         """
         Hash a part of an open file.
@@ -184,6 +194,8 @@ class _Stripes:
         self.grain = grain
         self.begin = self.position = start
         self.stop = stop
+        self.dense = Extent(start, 0 if grain else stop - start)
+        """Where no hole is that matters, as far as that's known: to look for one may take as long as to hash it all."""
         self.pending: deque[tuple[Future[_Found], int]] = deque()
         """Their results, and how much of the budget they have taken."""
 
@@ -200,8 +212,9 @@ class _Stripes:
                     break
                 blocks, taken = min(blocks, LEAST_BLOCKS), 0
             end = min(self.position + blocks * self.block_size, hole.offset)
+            grain = 0 if self._is_dense(end) else self.grain
             work = self.hashers.executor.submit(
-                _hash_stripe, self.file, self.position, end, self.block_size, self.new_hasher, self.grain
+                _hash_stripe, self.file, self.position, end, self.block_size, self.new_hasher, grain
             )
             self.pending.append((work, taken))
             self.position = end
@@ -214,26 +227,29 @@ class _Stripes:
         :param limit: Where to stop looking: a file may have more holes than can be counted in a moment.
         :returns: The run (one of no size where the search has ended, or where the file does).
         """
-        limit = min(limit, self.stop)
-        for offset, size in self.file.holes(self.position, self.stop) if self.grain else ():
-            if offset >= limit:
+        limit, data = min(limit, self.stop), self.position
+        if self._is_dense(limit):
+            return Hole(limit, 0)
+        for hole in chain(self.file.holes(self.position, self.stop), [Extent(self.stop, 0)]):
+            if hole.offset >= limit:
+                self.dense = Extent(data, hole.offset - data)
                 break
-            begin, end = -(-offset // self.block_size) * self.block_size, offset + size
-            if end < self.stop:
-                end -= end % self.block_size
-            if begin < end:
-                return Hole(begin, end - begin)
+            if run := align(hole, self.block_size, self.stop):
+                return Hole(*run)
+            data = sum(hole)
         return Hole(limit, 0)
 
+    def _is_dense(self, end: int) -> bool:
+        return self.dense.offset <= self.position and end <= sum(self.dense)
+
     def _append_hole(self, hole: Hole) -> None:
-        found: Future[_Found] = Future()
-        found.set_result([hole])
-        self.pending.append((found, 0))
+        found: _Found = [hole]
+        self.pending.append((_Here().submit(lambda: found), 0))
         self.position += hole.size
 
     def _count_blocks(self, share: int) -> int:
         """Small stripes come first: a reader waits for them, and a small file is to keep all threads busy."""
-        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (self.position - self.begin) // share))
+        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (self.position - self.begin) // max(share, 1)))
         return min(max(size // self.block_size, 1), STRIPE_BLOCKS)
 
     def cancel(self) -> None:
@@ -259,30 +275,27 @@ def _hash_stripe(
     # Several small blocks are read at once, a large block in several chunks.
     run = max(CHUNK_SIZE // block_size, 1) * block_size
     extents = [Extent(offset, min(run, stop - offset)) for offset in range(start, stop, run)]
-    layouts = _find_layouts(file, start, stop, block_size, grain) if grain else {}
+    holes = list(file.holes(start, stop)) if grain else []
     found: _Found = []
     hasher, position = new_hasher(), start
     file.prepare([Extent(start, stop - start)])
-    for chunk in file.chunks(extents):
+    for chunk in file.chunks(extents, holes):
         for cut in range(0, len(chunk), block_size):
             piece = chunk[cut : cut + block_size]
             hasher.update(piece)
             position += len(piece)
             if position % block_size == 0 or position == stop:
                 offset = (position - 1) // block_size * block_size
-                found.append(BlockDigest(offset, hasher.hexdigest() + layouts.get(offset, "")))
+                layout = _tell_layout(Extent(offset, position - offset), holes, block_size, grain) if holes else ""
+                found.append(BlockDigest(offset, hasher.hexdigest() + layout))
                 hasher = new_hasher()
     return found
 
 
-def _find_layouts(file: OpenFile, start: int, stop: int, block_size: int, grain: int) -> dict[int, str]:
-    """Tell which blocks have holes, and where: a dot and a digest of that, by the offset of the block."""
-    parts: dict[int, list[str]] = {}
-    for extent in file.holes(start, stop, grain):
-        for block in range(extent.offset // block_size * block_size, sum(extent), block_size):
-            begin, end = max(extent.offset - block, 0), min(sum(extent) - block, block_size)
-            parts.setdefault(block, []).append(f"{begin}:{end}")
-    return {block: f".{digests.compute_digest(','.join(ends).encode('ascii'))}" for block, ends in parts.items()}
+def _tell_layout(block: Extent, holes: Sequence[Extent], block_size: int, grain: int) -> str:
+    """A dot and a digest of where a block has holes, if it has some."""
+    layout = find_layout(block, holes, block_size, grain)
+    return f".{digests.digest_layout(layout)}" if layout else ""
 
 
 def find_method(method: str) -> str:

@@ -7,17 +7,19 @@ The server serves such a replica, and the client uses one where a location is ne
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
 from pdiffcopy import __version__
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
+from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
 from pdiffcopy.digests import BlockwiseHasher
-from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, RangeError, ReplacedError
+from pdiffcopy.entries import Entry
+from pdiffcopy.exceptions import AbsentError, FileMissingError, RangeError, ReplacedError
 from pdiffcopy.features import FEATURES
+from pdiffcopy.files.listing import list_folder
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.files.metadata import read_metadata, write_metadata
-from pdiffcopy.files.names import MACHINE, Namespace, create_file, find_room, sync_folder
+from pdiffcopy.files.metadata import read_metadata, try_metadata, write_metadata
+from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder, find_room, sync_folder
 from pdiffcopy.files.room import get_room
 from pdiffcopy.files.staging import NewVersion
 from pdiffcopy.files.stored import Stored
@@ -63,6 +65,17 @@ class LocalReplica(Replica):
         except FileMissingError:
             info, room = FileInfo(exists=False), find_room(self.filename, self.namespace)
         return info, PeerInfo(__version__, FEATURES, get_methods(), room=room)
+
+    def entries(self, depth: int) -> Generator[Entry, None, None]:
+        """See :meth:`Replica.entries`."""
+        with closing(list_folder(self.filename, self.namespace, depth, self.file_id)) as entries:
+            try:
+                for entry in entries:
+                    if self.is_awaited and not self.is_awaited():
+                        raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
+                    yield entry
+            except ReplacedError as e:
+                raise self.describe_replacement(e) from e
 
     def hashes(
         self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0
@@ -134,7 +147,7 @@ class LocalReplica(Replica):
         with self._open(write=True) as file, file.claims.writing(run):
             file.resize(size, in_advance)
 
-    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False, mode: int = DEFAULT_MODE) -> tuple[bool, FileInfo]:
         """See :meth:`Replica.claim`."""
         if create:
             create_file(self.filename, self.namespace, mode)
@@ -155,27 +168,28 @@ class LocalReplica(Replica):
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.set_metadata`."""
         with self._open(write=True) as file, file.claims.writing(run):
-            write_metadata(file.fd, self.filename, metadata, in_advance)
+            (try_metadata if in_advance else write_metadata)(file.fd, self.filename, metadata)
 
-    def stage(self, run: str, mode: int = FileInfo.mode, takes: int = 0) -> Staged:
+    def make_folder(self) -> None:
+        """See :meth:`.Replica.make_folder`."""
+        create_folder(self.filename, self.namespace)
+
+    def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""
-        version, shares = NewVersion(self.filename, self.namespace), False
         with ExitStack() as stack:
-            old = stack.enter_context(self._open()) if self.file_id else None
-            if old and old.is_device:
-                text = "Can't replace {filename} by a new version: it is a block device"
-                raise FileForbiddenError(text, filename=self.filename)
-            new = stack.enter_context(version.open(mode, old))
+            version = stack.enter_context(NewVersion(self.filename, self.namespace, begins=not self.file_id))
+            old = stack.enter_context(version.open_old(self.file_id)) if self.file_id else None
+            new = stack.enter_context(version.begun(mode, old))
             new.is_awaited = self.is_awaited
             claimed = new.claims.take(run)
-            if old:
-                shares = version.fill(old, new, run if claimed else "", takes)
+            shares = version.fill(old, new, run if claimed else "", takes) if old else False
             return Staged(version.filename, claimed, shares, new.info())
 
     def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
         """See :meth:`.Replica.commit`."""
-        NewVersion(self.filename, self.namespace).take_place(new_id, self.file_id, ctime_ns, run)
-        sync_folder(self.filename, self.namespace)
+        with NewVersion(self.filename, self.namespace) as version:
+            version.take_place(new_id, self.file_id, ctime_ns, run)
+            sync_folder(version.old, self.namespace)
         return self.pinned(new_id).info()[0]
 
     def sync(self, run: str = "") -> None:

@@ -28,10 +28,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
+from queue import SimpleQueue
 from typing import Any
 
 from property_manager import PropertyManager, lazy_property, mutable_property, required_property
@@ -60,6 +62,11 @@ class WorkerPool(PropertyManager):
     @required_property
     def concurrency(self) -> int:
         """The number of worker processes allowed to run simultaneously (an integer)."""
+
+    @mutable_property
+    def threads(self) -> int:
+        """How many items a worker process works on at the same time (an integer, defaults to 1)."""
+        return 1
 
     @required_property
     def generator_fn(self) -> Callable[[], Iterable[Any]]:
@@ -100,13 +107,13 @@ class WorkerPool(PropertyManager):
     @lazy_property
     def generator_process(self) -> Promise:
         """A :class:`Promise` to run :attr:`generator_fn` (it starts when this property is first used)."""
-        arguments = (self.concurrency, self.generator_fn, self.input_queue, self.log_level)
+        arguments = (self.concurrency * self.threads, self.generator_fn, self.input_queue, self.log_level)
         return self._start("generator", generator_adapter, arguments)
 
     @lazy_property
     def worker_processes(self) -> list[Promise]:
         """A list of :class:`Promise` objects to run :attr:`worker_fn` (they start when this property is first used)."""
-        arguments = (self.input_queue, self.log_level, self.output_queue, self.worker_fn)
+        arguments = (self.input_queue, self.log_level, self.output_queue, self.worker_fn, self.threads)
         return [self._start(f"worker {i}", worker_adapter, arguments) for i in range(1, self.concurrency + 1)]
 
     @lazy_property
@@ -180,11 +187,34 @@ def generator_adapter(
         input_queue.put(())
 
 
-def worker_adapter(input_queue: Any, log_level: int, output_queue: Any, worker_fn: Callable[[Any], Any]) -> None:
+def worker_adapter(
+    input_queue: Any, log_level: int, output_queue: Any, worker_fn: Callable[[Any], Any], threads: int = 1
+) -> None:
     """Adapter function for the worker processes."""
     logging.getLogger().setLevel(log_level)
-    while envelope := input_queue.get():
-        _put(output_queue, worker_fn(envelope[0]))
+
+    def work() -> None:
+        while envelope := input_queue.get():
+            _put(output_queue, worker_fn(envelope[0]))
+
+    if threads == 1:
+        work()
+        return
+    # The first failure ends the process, whatever the other threads wait for.
+    ends: SimpleQueue[BaseException | None] = SimpleQueue()
+    for _ in range(threads):
+        threading.Thread(target=_tell_end, args=(work, ends), daemon=True).start()
+    for _ in range(threads):
+        if error := ends.get():
+            raise error
+
+
+def _tell_end(work: Callable[[], None], ends: SimpleQueue[BaseException | None]) -> None:
+    try:
+        work()
+        ends.put(None)
+    except BaseException as e:
+        ends.put(e)
 
 
 def _put(queue: Any, value: Any) -> None:

@@ -65,6 +65,10 @@ def _parse_names(option: str, value: str) -> tuple[str, ...]:
     return names
 
 
+def _parse_rule(option: str, value: str) -> tuple[tuple[bool, str], ...]:
+    return ((option == "--include", _parse_text(option, value)),)
+
+
 # What each option means: who wants it ("both", "client" or "server"), its name there, and how its value is read.
 # An option whose value isn't read takes none.
 OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
@@ -72,6 +76,9 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "--hash-method": ("client", "hash_method", _parse_text),
     "--whole-file": ("client", "whole_file", None),
     "--concurrency": ("both", "concurrency", _parse_count),
+    "--recursive": ("client", "recursive", None),
+    "--include": ("client", "rules", _parse_rule),
+    "--exclude": ("client", "rules", _parse_rule),
     "--dry-run": ("client", "dry_run", None),
     "--benchmark": ("client", "benchmark", _parse_count),
     "--listen": ("server", "address", _parse_text),
@@ -87,6 +94,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "--retries": ("client", "retries", _parse_number),
     "--token-file": ("both", "token_file", _parse_text),
     "--ca-file": ("client", "ca_file", _parse_text),
+    "--progress": ("client", "progress", _parse_text),
     "--json": ("client", "json", None),
     "--root": ("server", "root", _parse_text),
     "--read-only": ("server", "read_only", None),
@@ -102,6 +110,8 @@ SHORT = {
     "-m": "--hash-method",
     "-W": "--whole-file",
     "-c": "--concurrency",
+    "-r": "--recursive",
+    "-a": "--archive",
     "-n": "--dry-run",
     "-B": "--benchmark",
     "-l": "--listen",
@@ -115,6 +125,11 @@ SHORT = {
 }
 
 
+ARCHIVE = ("--recursive", "--perms", "--times", "--owner", "--group")
+"""What --archive stands for."""
+_OTHERS = ("archive", "verbose", "quiet", "version", "help")
+
+
 def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """
     Read a command line.
@@ -125,7 +140,7 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     short = "".join(name[1] + (":" if OPTIONS.get(long, (0, 0, 0))[2] else "") for name, long in SHORT.items())
     long = [name[2:] + ("=" if parse else "") for name, (_, _, parse) in OPTIONS.items()]
     try:
-        pairs, locations = getopt.gnu_getopt(arguments, short, [*long, "verbose", "quiet", "version", "help"])
+        pairs, locations = getopt.gnu_getopt(arguments, short, [*long, *_OTHERS])
     except getopt.GetoptError as e:
         raise UsageError("{reason} (pdiffcopy --help explains)", reason=e.msg) from None
     options: dict[str, Any] = {}
@@ -137,8 +152,9 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             coloredlogs.decrease_verbosity()
         parse = OPTIONS[name][2] if name in OPTIONS else None
         parsed = parse(name, value) if parse else True
-        # What may be repeated is a tuple.
-        options[name] = options.get(name, ()) + parsed if isinstance(parsed, tuple) else parsed
+        # What may be repeated is a tuple. Of these two the order counts, whatever stands between them.
+        for option in {"--exclude": ("--include",), "--archive": ARCHIVE}.get(name, (name,)):
+            options[option] = options.get(option, ()) + parsed if isinstance(parsed, tuple) else parsed
     return options, locations
 
 

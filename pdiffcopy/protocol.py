@@ -2,29 +2,29 @@
 What does a client ask a server for, and how is that spelled?
 
 A request is a value: an object of one of the classes in :data:`REQUESTS`, with a field for each word on the wire.
-(:mod:`.request` has what they have in common, :mod:`.answers` the way back.) The requests that version 1.0.1 knows are
-frozen; :mod:`.features` tells what was added since.
+(:mod:`.request` has what they have in common, :mod:`.answers` and :mod:`.streams` the way back.) The requests that
+version 1.0.1 knows are frozen; :mod:`.features` tells what was added since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from pdiffcopy import BLOCK_SIZE
 from pdiffcopy.blocks import (
+    DEFAULT_MODE,
     MAX_ID,
     MAX_MODE,
     MAX_OFFSET,
     SET_ID_BITS,
     Extent,
-    FileInfo,
     Metadata,
     count_blocks,
     total_size,
 )
 from pdiffcopy.digests import METHOD
+from pdiffcopy.entries import MAX_DEPTH
 from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
 from pdiffcopy.request import Request
 from pdiffcopy.words import (
@@ -37,6 +37,7 @@ from pdiffcopy.words import (
     MAX_EXTENTS,
     RUN,
     Extents,
+    Filename,
     Flag,
     Integer,
     Packed,
@@ -50,7 +51,6 @@ MIN_PIECE, MAX_PIECE, MAX_PIECES = 4096, 256 * 1024, 4096
 """How large a piece may be in bytes, and how many of them one request may ask for."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class InfoRequest(Request):
     """Size and identity of a file, and what the server can do."""
 
@@ -59,7 +59,6 @@ class InfoRequest(Request):
     run: str = word(RUN, "")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class HashesRequest(Request):
     """The digests of the blocks of a file."""
 
@@ -74,19 +73,26 @@ class HashesRequest(Request):
     """The size of the smallest hole that matters (0: none does, and a hole is hashed like anything else)."""
     flush: bool = word(Flag(), False)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what makes no sense together."""
         if self.offset % self.block_size:
             raise RequestError("The offset {start} isn't a multiple of the block size", start=self.offset)
-        if self.grain and (self.block_size % self.grain or not self.checks):
-            raise RequestError("Holes are told with checks, and their grain has to be a part of a block")
+        if self.grain and (self.grain > self.block_size or not self.checks):
+            raise RequestError("Holes are told with checks, and their grain can't be larger than a block")
 
     def starting_at(self, offset: int) -> HashesRequest:
         """Return the same request for a part of the file, with checks (feature `resume`)."""
-        return replace(self, offset=offset, checks=True)
+        return self.changed(offset=offset, checks=True)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class ListRequest(Request):
+    """What a name leads to, and what is in it if that is a folder."""
+
+    verb, endpoint, action = "GET", "list", "entries"
+
+    depth: int = word(Integer(0, MAX_DEPTH), 1)
+
+
 class HolesRequest(Request):
     """The holes in a part of a file."""
 
@@ -97,7 +103,6 @@ class HolesRequest(Request):
     grain: int = word(Integer(1, MAX_BLOCK_SIZE))
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class PiecesRequest(Request):
     """The digests of the pieces of some extents."""
 
@@ -108,7 +113,7 @@ class PiecesRequest(Request):
     method: str = word(Text())
     flush: bool = word(Flag(), False)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what makes no sense together."""
         if self.size & (self.size - 1):
             raise RequestError("The size of a piece has to be a power of two, not {size}", size=self.size)
@@ -116,7 +121,6 @@ class PiecesRequest(Request):
             raise TooLargeError("A request may ask for {maximum} pieces at most", maximum=MAX_PIECES)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ReadRequest(Request):
     """The bytes of some extents, their digest, or both."""
 
@@ -139,7 +143,7 @@ class ReadRequest(Request):
             return cls(offset=extents[0].offset, size=extents[0].size, **words)
         return cls(**_place(extents), **words)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse a request that doesn't say what to read."""
         for name in () if self.is_exact else ("size", "offset"):
             if getattr(self, name) is None:
@@ -155,7 +159,6 @@ class ReadRequest(Request):
         return self.extents or self.packed or (Extent(self.offset or 0, self.size or 0),)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class WriteRequest(Request):
     """Bytes for some extents: those are the body."""
 
@@ -176,7 +179,7 @@ class WriteRequest(Request):
         """Make a request for one extent or several, spelled the frozen way where that is possible."""
         return cls(offset=extents[0].offset, **words) if len(extents) == 1 else cls(**_place(extents), **words)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse a request that doesn't say where to write."""
         if self.offset is None and not (self.extents or self.packed):
             raise RequestError("The parameter {name} is missing", name="offset")
@@ -197,7 +200,6 @@ class WriteRequest(Request):
         return extents
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ClearRequest(Request):
     """Extents that are to become zeros."""
 
@@ -207,12 +209,11 @@ class ClearRequest(Request):
     keep: bool = word(Flag(), False)
     run: str = word(RUN, "")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse what would take too long."""
         check_extents(self.packed, MAX_BLOCK_SIZE if self.keep else MAX_OFFSET)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ResizeRequest(Request):
     """A new size for a file, which is created where it is missing."""
 
@@ -223,7 +224,6 @@ class ResizeRequest(Request):
     run: str = word(RUN, "")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ClaimRequest(Request):
     """The right to write to a file, for one run."""
 
@@ -231,10 +231,15 @@ class ClaimRequest(Request):
 
     run: str = word(RUN)
     create: bool = word(Flag(), False)
-    mode: int = word(Integer(0, MAX_MODE), FileInfo.mode)
+    mode: int = word(Integer(0, MAX_MODE), DEFAULT_MODE)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class MakeFolderRequest(Request):
+    """A folder, which is created where it is missing."""
+
+    verb, endpoint, action, writes = "POST", "folder", "make_folder", True
+
+
 class ReleaseRequest(Request):
     """The end of a claim."""
 
@@ -243,14 +248,12 @@ class ReleaseRequest(Request):
     run: str = word(RUN)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class MetadataRequest(Request):
     """The metadata of a file."""
 
     verb, endpoint, action = "GET", "metadata", "metadata"
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SetMetadataRequest(Request):
     """Other metadata for a file: those that are given."""
 
@@ -268,25 +271,23 @@ class SetMetadataRequest(Request):
     @classmethod
     def of(cls, metadata: Metadata, **words: Any) -> SetMetadataRequest:
         """Make a request for some metadata."""
-        return cls(**vars(metadata), **words)
+        return cls(**metadata._asdict(), **words)
 
     def get_metadata(self) -> Metadata:
         """Return what is given."""
-        return Metadata(**{name: getattr(self, name) for name in vars(Metadata())})
+        return Metadata(**{name: getattr(self, name) for name in Metadata._fields})
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class StageRequest(Request):
     """A new version of a file, beside the old one, and the right to write to it, for one run."""
 
     verb, endpoint, action, writes = "POST", "stage", "stage", True
 
     run: str = word(RUN)
-    mode: int = word(Integer(0, MAX_MODE), FileInfo.mode)
+    mode: int = word(Integer(0, MAX_MODE), DEFAULT_MODE)
     takes: int = word(Integer(), 0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class CommitRequest(Request):
     """The end of the old version of a file: the new one takes its place."""
 
@@ -297,7 +298,6 @@ class CommitRequest(Request):
     run: str = word(RUN, "")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SyncRequest(Request):
     """A flush of a file to its disk."""
 
@@ -306,12 +306,22 @@ class SyncRequest(Request):
     run: str = word(RUN, "")
 
 
+class ManyRequest(Request):
+    """Several requests at a time: they are the body (:func:`.encode_many`), and none of them has one."""
+
+    verb, endpoint, action = "POST", "many", "many"
+
+    filename: str = word(Filename(), "/")
+    digest: str = word(DIGEST, "", header=DIGEST_HEADER)
+
+
 def _place(extents: Sequence[Extent]) -> dict[str, Any]:
     return {"extents" if len(extents) <= MAX_EXTENTS else "packed": tuple(extents)}
 
 
 REQUESTS: tuple[type[Request], ...] = (
     InfoRequest,
+    ListRequest,
     HashesRequest,
     HolesRequest,
     PiecesRequest,
@@ -320,11 +330,13 @@ REQUESTS: tuple[type[Request], ...] = (
     ClearRequest,
     ResizeRequest,
     ClaimRequest,
+    MakeFolderRequest,
     ReleaseRequest,
     MetadataRequest,
     SetMetadataRequest,
     StageRequest,
     CommitRequest,
     SyncRequest,
+    ManyRequest,
 )
 """All there are: what a server answers."""

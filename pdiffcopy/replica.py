@@ -12,17 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pdiffcopy import digests
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, Metadata
+from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata
+from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import ProgramError, ReplacedError, SourceChangedError
 from pdiffcopy.files.splice import Chunk
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Bytes on their way."""
 
     chunks: Iterable[Chunk]
@@ -37,8 +37,7 @@ class Reading:
     """How many bytes there are, as far as somebody has to know that before they come."""
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """A new version of a file, which lies beside it."""
 
     filename: str
@@ -59,6 +58,8 @@ class Replica(ABC):
 
     is_near: bool
     """Whether the file is on this machine, so that its bytes are had without a network."""
+    filename: str
+    """What its side calls it."""
     label: str
     """What messages call it."""
     file_id = ""
@@ -86,6 +87,16 @@ class Replica(ABC):
 
         :param run: The run that has claimed the file, if one has.
         :raises: :exc:`.TakenOverError` when another run has claimed it since, even if that has ended.
+        """
+
+    @abstractmethod
+    def entries(self, depth: int) -> Generator[Entry, None, None]:
+        """
+        Tell what the name leads to, which need not be a file, and what lies in it if that is a folder.
+
+        :param depth: How many levels to tell (0: only what the name leads to, :data:`.MAX_DEPTH`: all there are).
+        :returns: A generator of entries, in the order of :mod:`.entries`.
+        :raises: :exc:`.ProgramError` when anything can't be read, also in the middle: what was told isn't all then.
         """
 
     @abstractmethod
@@ -158,7 +169,7 @@ class Replica(ABC):
         """
 
     @abstractmethod
-    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False, mode: int = DEFAULT_MODE) -> tuple[bool, FileInfo]:
         """
         Let a run write to the file, and no earlier one any more.
 
@@ -184,12 +195,16 @@ class Replica(ABC):
         """
         Give the file other metadata.
 
-        :param in_advance: Whether the contents are still to come: owner and group are set, of the rest it's only found
-                           out whether it may be.
+        :param in_advance: Whether the contents are still to come: it's only found out whether all of it may be, and
+                           those lose access who aren't going to have any.
         """
 
     @abstractmethod
-    def stage(self, run: str, mode: int = FileInfo.mode, takes: int = 0) -> Staged:
+    def make_folder(self) -> None:
+        """Create a folder of this name, and the folders that lead to it, unless it exists."""
+
+    @abstractmethod
+    def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """
         Let a new version of the file begin beside it, or go on with one that was begun, and let a run write to that.
 

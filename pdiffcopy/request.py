@@ -7,14 +7,28 @@ completely, so that the code behind it can rely on ranges and types. There is no
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 from urllib.parse import urlencode
 
 from pdiffcopy.exceptions import RequestError
-from pdiffcopy.words import FILE_ID, REQUEST_HEADER, Filename, digest_query, parse_query, word
+from pdiffcopy.words import (
+    FILE_ID,
+    REQUEST_HEADER,
+    REQUIRED,
+    Declaration,
+    Filename,
+    digest_query,
+    parse_query,
+    word,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:  # it means something to type checkers only
+    dataclass_transform = lambda **_: lambda cls: cls  # noqa: E731
 
 R = TypeVar("R", bound="Request")
+W = TypeVar("W", bound="Words")
 
 
 class Headers(Protocol):
@@ -24,9 +38,55 @@ class Headers(Protocol):
         """The value of a header."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class Request:
-    """What a client asks for. The fields are the words on the wire."""
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Words:
+    """
+    Values with names, which never change. A subclass declares them with :func:`.word`.
+
+    That's a dataclass, but those generate code for each class, which takes some milliseconds at each start.
+    """
+
+    declarations: ClassVar[dict[str, Declaration]]
+    """What was declared, by the name of the word, what a superclass declares first."""
+
+    def __init_subclass__(cls) -> None:
+        attributes = [item for base in reversed(cls.__mro__) for item in vars(base).items()]
+        cls.declarations = {name: value for name, value in attributes if isinstance(value, Declaration)}
+
+    def __init__(self, **words: Any):
+        """
+        Initialize all words, as they are given or by their defaults.
+
+        :raises: :exc:`.RequestError` when they make no sense together.
+        """
+        values = {name: words.pop(name, declared.default) for name, declared in self.declarations.items()}
+        if words or REQUIRED in values.values():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(values)}")
+        vars(self).update(values)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what makes no sense together."""
+
+    def changed(self: W, **words: Any) -> W:
+        """Make the same once more, but for some words."""
+        return type(self)(**{**vars(self), **words})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} never changes")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
+
+
+class Request(Words):
+    """What a client asks for. Its words are those on the wire."""
 
     verb: ClassVar[str]
     endpoint: ClassVar[str]
@@ -36,20 +96,8 @@ class Request:
 
     filename: str = word(Filename())
     file_id: str = word(FILE_ID, "")
-
-    # What dataclass would generate for each of the classes takes some milliseconds at each start.
-
-    def __repr__(self) -> str:
-        """Name what is asked for."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
-
-    def __eq__(self, other: object) -> bool:
-        """Compare the words."""
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        """Hash the words."""
-        return hash((type(self), *vars(self).values()))
+    within: str = word(Filename(), "")
+    """A folder that the file lies in, and that no link below leads out of (empty: links are followed)."""
 
     def encode(self, nonce: str = "") -> tuple[str, dict[str, str]]:
         """
@@ -59,15 +107,15 @@ class Request:
         :returns: A tuple of the query string and the headers.
         """
         words: list[tuple[str, Any]] = []
-        headers = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value != item.default or item.metadata["is_frozen"]:
-                text = item.metadata["kind"].write(value)
-                if header := item.metadata["header"]:
+        headers: dict[str, Any] = {}
+        for name, (kind, default, header, is_frozen) in self.declarations.items():
+            value = getattr(self, name)
+            if value != default or is_frozen:
+                text = kind.write(value)
+                if header:
                     headers[header] = text
                 else:
-                    words.append((item.name, text))
+                    words.append((name, text))
         query = urlencode([*words, ("nonce", nonce)] if nonce else words)
         return query, {REQUEST_HEADER: digest_query(query), **headers}
 
@@ -81,11 +129,10 @@ class Request:
         """
         given = parse_query(query)
         values = {}
-        for item in fields(cls):
-            header = item.metadata["header"]
-            text = (headers.get(header, "") or None) if header else given.get(item.name)
+        for name, (kind, default, header, _) in cls.declarations.items():
+            text = (headers.get(header, "") or None) if header else given.get(name)
             if text is not None:
-                values[item.name] = item.metadata["kind"].read(item.name, text)
-            elif item.default is MISSING:
-                raise RequestError("The parameter {name} is missing", name=item.name)
+                values[name] = kind.read(name, text)
+            elif default is REQUIRED:
+                raise RequestError("The parameter {name} is missing", name=name)
         return cls(**values)

@@ -12,11 +12,10 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
-from pdiffcopy.blocks import MAX_OFFSET, Extent, total_size
+from pdiffcopy.blocks import MAX_OFFSET, MAX_TIME, Extent, total_size
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import DamagedError, RequestError, TooLargeError
 
@@ -114,7 +113,7 @@ class Time(Text):
 
     def read(self, name: str, text: str) -> int:
         """See :meth:`Text.read`."""
-        if not re.fullmatch(r"0|-?[1-9][0-9]{0,29}", text):
+        if not re.fullmatch(r"0|-?[1-9][0-9]{0,29}", text) or abs(int(text)) > MAX_TIME:
             raise RequestError("The parameter {name} is no time: {value}", name=name, value=repr(text[:40]))
         return int(text)
 
@@ -249,16 +248,29 @@ def check_digest(digest: str) -> str:
     return DIGEST.read("", digest)
 
 
-def word(kind: Text, default: Any = MISSING, header: str = "", is_frozen: bool = False) -> Any:
+class Declaration(NamedTuple):
+    """What a request says of one of its words, see :func:`word`."""
+
+    kind: Text
+    default: Any
+    header: str
+    is_frozen: bool
+
+
+REQUIRED = object()
+"""The default of a word that has none."""
+
+
+def word(kind: Text, default: Any = REQUIRED, header: str = "", is_frozen: bool = False) -> Any:
     """
-    Declare a field of a request. It has the name of its parameter.
+    Declare a word of a request. It has the name of its parameter.
 
     :param kind: How the value is spelled.
     :param default: What it is when the request doesn't say so (by default the request has to).
     :param header: The header that carries it in place of a parameter.
     :param is_frozen: Whether version 1.0.1 wants it in each request, also where it is the default of ours.
     """
-    return field(default=default, metadata={"kind": kind, "header": header, "is_frozen": is_frozen})
+    return Declaration(kind, default, header, is_frozen)
 
 
 # Query strings {{{1

@@ -18,12 +18,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pdiffcopy"
 
 FLOORS: list[dict[str, str]] = [
-    {"ground": r"|cores|exceptions|address|blocks|digests|security"},
-    {"wire": r"words|features|request|protocol|answers", "files": r"files(\..*)?", "processes": r"processes|mp"},
+    {"ground": r"|cores|exceptions|address|blocks|entries|digests|security"},
+    {
+        "wire": r"words|features|request|protocol|bundles|answers|streams",
+        "files": r"files(\..*)?",
+        "processes": r"processes|mp",
+    },
     {"hashing": r"hashing"},
     {"replica": r"replica|localreplica"},
     {"client": r"client(\..*)?", "server": r"server(\..*)?", "operations": r"operations"},
-    {"program": r"options|console|cli|__main__"},
+    {"program": r"options|console|spool|cli|__main__"},
 ]
 """From the ground up: the wings of each floor, and which modules they have (the empty name is the package itself)."""
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import xxhash
 
@@ -213,6 +213,53 @@ def hashes_endless_heartbeat(handler: Handler) -> None:
     handler.start("Transfer-Encoding: chunked")
     while True:
         handler.send_chunk(b"\n" * 1024)
+
+
+@behaviour
+def list_endless(handler: Handler) -> None:
+    """A folder that has no last file."""
+    handler.start("Transfer-Encoding: chunked")
+    handler.send_chunk(b"".join(check([b"folder\t0\t0\t\n"])[:-1]))
+    for i in count():
+        handler.send_chunk(b"".join(check([b"file\t0\t0\t%015d\n" % (i * 1000 + j) for j in range(1000)])[:-1]))
+
+
+@behaviour
+def list_endless_name(handler: Handler) -> None:
+    """A line that has no end."""
+    handler.start("Transfer-Encoding: chunked")
+    handler.send_chunk(b"folder\t0\t0\t")
+    while True:
+        handler.send_chunk(KILOBYTE)
+
+
+@behaviour
+def list_unchecked(handler: Handler) -> None:
+    """Lines without end that have no digest."""
+    handler.start("Transfer-Encoding: chunked")
+    while True:
+        handler.send_chunk(b"folder\t0\t0\t\n" * 1000)
+
+
+@behaviour
+def list_endless_heartbeat(handler: Handler) -> None:
+    """Signs of life for ever."""
+    handler.start("Transfer-Encoding: chunked")
+    while True:
+        handler.send_chunk(b"\n" * 1024)
+
+
+@behaviour
+def list_way_out(handler: Handler) -> None:
+    """A name that leads out of the folder."""
+    handler.send_chunks(*check([b"folder\t0\t0\t\n", b"file\t0\t0\t../evil\n"]))
+
+
+@behaviour
+def list_control_characters(handler: Handler) -> None:
+    """A name that wants to draw on the terminal, and can't be one."""
+    name = quote(CONTROL_CHARACTERS.encode()).encode()
+    handler.send_chunks(*check([b"folder\t0\t0\t\n", b"file\t0\t0\t" + name + b"\n"]))
 
 
 @behaviour

@@ -19,6 +19,8 @@ import pytest
 
 STARTUP_TIMEOUT = 20
 RUN_TIMEOUT = 120
+MANY_BLOCKS = ("-b", "4096")
+"""The option with which a file of a MiB has so many blocks that a run starts processes."""
 STALL = 1
 IMPATIENCE = f"from pdiffcopy.server import visitors as r; r.STALL_TIMEOUT = r.HEAD_TIMEOUT = {STALL}"
 """What makes a server give up soon on clients that stall."""
@@ -44,11 +46,11 @@ def wait_for(condition, timeout: float = STARTUP_TIMEOUT, what: str = "something
     raise AssertionError(f"waited {timeout} seconds for {what}")
 
 
-def can_connect(port: int) -> bool:
+def can_connect(port: int, host: str = "127.0.0.1") -> bool:
     """Whether somebody listens on a port of loopback."""
     with socket.socket() as sock:
         sock.settimeout(1)
-        return sock.connect_ex(("127.0.0.1", port)) == 0
+        return sock.connect_ex((host, port)) == 0
 
 
 @dataclass
@@ -79,6 +81,7 @@ def start_server(
     folder: Path,
     *options: str,
     port: int = 0,
+    host: str = "127.0.0.1",
     env: dict | None = None,
     scheme: str = "http",
     setup: str = "",
@@ -90,18 +93,19 @@ def start_server(
     :param folder: Where its log goes.
     :param options: Options for its command line.
     :param port: The port to listen on (by default a free one).
+    :param host: The address of loopback to listen on: with several of them there are several machines.
     :param setup: A statement to execute before the program begins, to change one of its constants.
     :param keywords: More arguments for :class:`subprocess.Popen`.
     """
     port = port or find_free_port()
     log = folder / f"server-{port}.log"
     program = ["-c", f"{setup}; from pdiffcopy.cli import main; main()"] if setup else ["-m", "pdiffcopy"]
-    command = [sys.executable, *program, "--listen", f"127.0.0.1:{port}", *options]
+    command = [sys.executable, *program, "--listen", f"{host}:{port}", *options]
     with log.open("ab") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})}, **keywords)
     server = Server(process, port, log, scheme)
     count = int(options[options.index("-c") + 1]) if "-c" in options else 1
-    is_complete = lambda: can_connect(port) and len(children_of(process.pid)) >= count  # noqa: E731
+    is_complete = lambda: can_connect(port, host) and len(children_of(process.pid)) >= count  # noqa: E731
     wait_for(lambda: is_complete() or process.poll() is not None, what="the server")
     assert process.poll() is None, log.read_text()
     return server

@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from pdiffcopy.exceptions import (
     UsageError,
 )
 from pdiffcopy.files import kernel, staging
+from pdiffcopy.files.claims import RUN_ATTRIBUTE, UNFLUSHED, Claims
 from pdiffcopy.files.confinement import Root
 from pdiffcopy.files.names import MACHINE
 from pdiffcopy.files.staging import NewVersion
@@ -79,6 +83,12 @@ def copy(server, direction: str, source: Path, target: Path, *options: str) -> d
     return json.loads(result.stdout)
 
 
+def pin(path: Path) -> LocalReplica:
+    """A replica that is pinned to the file that has this name now."""
+    replica = LocalReplica(str(path))
+    return replica.pinned(replica.info()[0].file_id)
+
+
 def list_new(target: Path) -> list[str]:
     """What a new version has left beside a target."""
     return [name for name in os.listdir(target.parent) if name.endswith(".pdiffcopy")]
@@ -90,6 +100,40 @@ def scatter(data: bytes) -> bytes:
     for offset in range(0, len(data), 4 * MEBIBYTE):
         changed[offset] ^= 1
     return bytes(changed)
+
+
+ACL = "system.posix_acl_{}"
+NOBODY = 65534
+
+
+def give_acl(path: Path, kind: str = "access", owner: int = 6, group: int = 6) -> None:
+    """Let one more user read and write (acl(5), linux/posix_acl_xattr.h)."""
+    entries = (1, owner, -1), (2, 6, 1001), (4, 4, -1), (16, group, -1), (32, 4, -1)
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(path, ACL.format(kind), acl)
+    except OSError:
+        pytest.skip("the file system has no ACLs")
+
+
+@pytest.fixture
+def home():
+    """A folder of a user who isn't root, which that user can get to."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, NOBODY, NOBODY)
+        yield Path(folder)
+
+
+@contextmanager
+def as_nobody():
+    """Be a user who isn't root."""
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
 
 
 # What becomes of the target {{{1
@@ -258,7 +302,8 @@ def test_copy_goes_on_where_it_ends(tmp_path, monkeypatch):
     os.utime(tmp_path / "file", ns=(5, 5))
     replica = LocalReplica(str(tmp_path / "file"))
     replica.file_id = replica.info()[0].file_id
-    new = Path(NewVersion(str(tmp_path / "file"), MACHINE).filename)
+    with NewVersion(str(tmp_path / "file"), MACHINE) as version:
+        new = Path(version.filename)
     new.write_bytes(b"x" * MEBIBYTE + data[MEBIBYTE : 2 * MEBIBYTE])
     staged = replica.stage("abc")
     assert Path(staged.filename) == new and not staged.shares
@@ -281,6 +326,29 @@ def test_copies_where_the_kernel_does_not(tmp_path, monkeypatch, refusal):
     assert Path(replica.stage("abc").filename).read_bytes() == data
 
 
+@pytest.mark.parametrize("is_doubtful", [False, True])
+def test_clone_of_what_may_not_be_on_the_disk(tmp_path, is_doubtful):
+    """After a flush that failed, memory doesn't tell what the clone has: it's read itself."""
+    with disk_of_kind("xfs", tmp_path) as disk:
+        write_pattern(disk / "file", 1000)
+        if is_doubtful:
+            os.setxattr(disk / "file", RUN_ATTRIBUTE, b"abc" + UNFLUSHED.encode())
+        staged = pin(disk / "file").stage("abc")
+        assert staged.shares != is_doubtful and staged.info.size == 1000
+
+
+def test_name_in_the_folder_of_the_file_is_flushed(tmp_path, monkeypatch):
+    """And not in that of a link which leads to it."""
+    (tmp_path / "folder").mkdir()
+    write_pattern(tmp_path / "folder" / "file", 1000)
+    (tmp_path / "link").symlink_to("folder/file")
+    replica = pin(tmp_path / "link")
+    staged, flushed = replica.stage("abc"), []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    replica.commit(staged.info.file_id, replica.info()[0].ctime_ns, "abc")
+    assert flushed == [str(tmp_path / "folder")]
+
+
 def test_later_run_ends_an_earlier_one(tmp_path):
     """Two runs never mix their data in one new version."""
     write_pattern(tmp_path / "file", MEBIBYTE)
@@ -295,6 +363,8 @@ def test_later_run_ends_an_earlier_one(tmp_path):
         replica.commit(first.info.file_id, info.ctime_ns, "aaa")
     assert replica.commit(second.info.file_id, info.ctime_ns, "bbb").file_id == second.info.file_id
     assert replica.commit(second.info.file_id, info.ctime_ns, "bbb").size == MEBIBYTE  # an answer that got lost
+    pin(tmp_path / "file").stage("ccc")
+    assert replica.commit(second.info.file_id, info.ctime_ns, "bbb").size == MEBIBYTE  # and the next run has begun
 
 
 @pytest.mark.parametrize("change", ["write", "chmod", "claim", "replace", "remove"])
@@ -426,7 +496,224 @@ def test_nobody_waits_for_a_copy(tmp_path, monkeypatch):
         replica.stage("abc")
 
 
+# Who may do what {{{1
+
+
+def test_new_file_is_for_no_more_people_than_the_source(tmp_path):
+    """Whoever could read what an earlier run has left."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_pattern(source, MEBIBYTE)
+    LocalReplica(str(target)).stage("abc", 0o644)
+    source.chmod(0o600)
+    copy(None, "local", source, target)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def test_nothing_stays_of_an_old_version_that_is_gone(tmp_path):
+    """A new file has neither its attributes nor its ACL, although there's what was begun for it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_pattern(source, MEBIBYTE)
+    source.chmod(0o640)
+    write_pattern(target, MEBIBYTE, seed=2)
+    os.setxattr(target, "user.colour", b"blue")
+    give_acl(target)
+    pin(target).stage("abc")
+    target.unlink()
+    copy(None, "local", source, target)
+    assert not stat.S_IMODE(target.stat().st_mode) & ~0o640 and os.listxattr(target) == []
+
+
+def test_rights_of_a_program_are_not_those_of_other_contents(tmp_path):
+    """Neither set-id bits nor capabilities, also when nothing was left to write (which takes them away otherwise)."""
+    target = tmp_path / "target"
+    write_pattern(target, 1000)
+    target.chmod(0o6755)
+    os.setxattr(target, "security.capability", struct.pack("<5I", 0x2000001, 1 << 13, 0, 0, 0))
+    replica = pin(target)
+    staged = replica.stage("abc")
+    LocalReplica(staged.filename).write([Extent(0, 4)], Reading([b"evil"]), "abc")
+    staged = replica.stage("def")
+    replica.commit(staged.info.file_id, replica.info()[0].ctime_ns, "def")
+    assert target.read_bytes()[:4] == b"evil"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755 and os.listxattr(target) == []
+
+
+def test_acl_is_that_of_the_old_version(tmp_path):
+    """And not the one that files in this folder get, which lets somebody in."""
+    target = tmp_path / "target"
+    write_pattern(target, 1000)
+    target.chmod(0o640)
+    give_acl(tmp_path, "default")
+    new = Path(pin(target).stage("abc").filename)
+    assert os.listxattr(new) == ["user.pdiffcopy.run"] and stat.S_IMODE(new.stat().st_mode) == 0o640
+    give_acl(target)
+    pin(target).stage("def")
+    assert os.getxattr(new, ACL.format("access")) == os.getxattr(target, ACL.format("access"))
+    os.removexattr(target, ACL.format("access"))
+    target.chmod(0o600)
+    pin(target).stage("def")
+    assert os.listxattr(new) == ["user.pdiffcopy.run"] and stat.S_IMODE(new.stat().st_mode) == 0o600
+
+
+def test_attributes_that_can_not_be_listed_are_not_none(tmp_path):
+    """One that is lost might be an ACL."""
+    with disk_of_kind("xfs", tmp_path) as disk:
+        write_pattern(disk / "target", 1000)
+        for number in range(300):
+            os.setxattr(disk / "target", f"user.{number:0>240}", b"x")
+        with pytest.raises(FileError, match="Can't set the attributes"):
+            pin(disk / "target").stage("abc")
+        assert not list_new(disk / "target")
+
+
+def test_nobody_replaces_what_they_may_not_write_to(home):
+    """Although the folder is theirs."""
+    write_pattern(home / "target", 1000)
+    replica = pin(home / "target")
+    info = replica.info()[0]
+    with as_nobody():
+        _, new = LocalReplica(str(home / ".target.pdiffcopy")).claim("abc", create=True)
+        with pytest.raises(FileForbiddenError, match="may not be written to"):
+            replica.stage("abc")
+        with pytest.raises(FileForbiddenError, match="may not be written to"):
+            replica.commit(new.file_id, info.ctime_ns, "abc")
+    assert (home / "target").stat().st_size == 1000
+
+
+def test_nothing_stays_of_what_may_not_be_begun(home):
+    """Who isn't root can write to the file of somebody else, but make no other one theirs."""
+    write_pattern(home / "target", 1000)
+    (home / "target").chmod(0o666)
+    with as_nobody(), pytest.raises(FileForbiddenError, match="Can't give the owner"):
+        pin(home / "target").stage("abc")
+    assert os.listdir(home) == ["target"]
+
+
+@pytest.mark.parametrize("options", ["perms", "perms fsync", "perms atomic", "atomic", "atomic acl"])
+def test_read_only_files_of_who_is_not_root(home, tmp_path, options):
+    """The owner may write until all is done, and nothing is left."""
+    source, target = home / "source", home / "target"
+    data = write_pattern(source, MEBIBYTE)
+    source.chmod(0o444)
+    if "perms" not in options:
+        write_pattern(target, MEBIBYTE, seed=2)
+        for name in "abcd":
+            os.setxattr(target, f"user.{name}", b"x")
+        target.chmod(0o444)
+        os.chown(target, NOBODY, NOBODY)
+        if "acl" in options:
+            give_acl(target, owner=4, group=4)
+    words = dict.fromkeys(options.removesuffix(" acl").split(), True)
+    Client(source=str(source), target=str(tmp_path / "other"), **words).run()  # as root, who can import modules
+    with as_nobody():
+        for _ in range(2 if "atomic" in options else 1):
+            Client(source=str(source), target=str(target), **words).run()
+    assert target.read_bytes() == data and sorted(os.listdir(home)) == ["source", "target"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o444 and RUN_ATTRIBUTE not in os.listxattr(target)
+
+
+def test_new_file_may_not_be_ours(tmp_path, monkeypatch):
+    """Some file systems give all files to one user, whoever has created them."""
+    monkeypatch.setattr(staging.os, "geteuid", lambda: 4321)
+    replica = LocalReplica(str(tmp_path / "target"))
+    assert replica.commit(replica.stage("abc").info.file_id, 0, "abc").exists
+
+
+def test_what_can_not_be_gone_on_with_is_begun_anew(tmp_path):
+    """Its owner couldn't open it."""
+    data = write_pattern(tmp_path / "target", 1000)
+    (tmp_path / ".target.pdiffcopy").write_bytes(b"other")
+    (tmp_path / ".target.pdiffcopy").chmod(0o444)
+    assert Path(pin(tmp_path / "target").stage("abc").filename).read_bytes() == data
+
+
+@pytest.mark.parametrize("swapped", ["folder", "link"])
+def test_places_that_are_swapped(tmp_path, monkeypatch, swapped):
+    """What is looked at is what's replaced, and nothing gets out of a folder that others can't look into."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        write_pattern(folder / "file", 1000, seed=len(folder.name))
+    (tmp_path / "link").symlink_to("ours")
+    if swapped == "folder":
+        replica = pin(tmp_path / "link" / "file")
+        staged = replica.stage("abc")
+        (theirs / ".file.pdiffcopy").write_bytes(b"half")
+        take_along(monkeypatch, Claims, "ending", lambda: link_anew(tmp_path / "link", "theirs"))
+        with pytest.raises(ReplacedError):  # what has the name afterwards
+            replica.commit(staged.info.file_id, replica.info()[0].ctime_ns, "abc")
+        assert (theirs / "file").stat().st_size == 1000 and not list_new(ours / "file")
+    else:
+        (tmp_path / "name").symlink_to("theirs/file")
+        replica = LocalReplica(str(tmp_path / "name")).pinned(pin(ours / "file").file_id)
+        take_along(monkeypatch, staging, "follow_links", lambda: link_anew(tmp_path / "name", "ours/file"))
+        with pytest.raises(ReplacedError):
+            replica.stage("abc")
+        assert os.listdir(theirs) == ["file"]
+
+
+def take_along(monkeypatch, owner, name: str, act) -> None:
+    """Let something else happen when a function was called, before it goes on."""
+    function = getattr(owner, name)
+
+    def call(*arguments):
+        result = function(*arguments)
+        act()
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def link_anew(link: Path, target: str) -> None:
+    link.unlink()
+    link.symlink_to(target)
+
+
 # What is refused {{{1
+
+
+def test_mounted_files_are_not_replaced(tmp_path):
+    """As in a container: known before anything moves."""
+    for seed, name in enumerate(("source", "target", "other")):
+        write_pattern(tmp_path / name, 1000, seed=seed)
+    if subprocess.run(["mount", "--bind", tmp_path / "other", tmp_path / "target"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        (line,) = error_lines(run_pdiffcopy("--atomic", tmp_path / "source", tmp_path / "target"))
+    finally:
+        subprocess.run(["umount", tmp_path / "target"], check=True)
+    assert "it is mounted there" in line and not list_new(tmp_path / "target")
+
+
+def test_files_that_nobody_may_change_are_not_replaced(tmp_path):
+    """Known before anything moves, too."""
+    target = tmp_path / "target"
+    write_pattern(target, 1000)
+    if subprocess.run(["chattr", "+i", target], capture_output=True).returncode:
+        pytest.skip("the file system has no such files")
+    try:
+        with pytest.raises(FileForbiddenError, match="may not be written to"):
+            pin(target).stage("abc")
+    finally:
+        subprocess.run(["chattr", "-i", target], check=True)
+    assert not list_new(target)
+
+
+def test_what_is_replaced_with_is_no_source(tmp_path):
+    """It would be changed itself."""
+    write_pattern(tmp_path / ".target.pdiffcopy", 1000)
+    write_pattern(tmp_path / "target", 2000)
+    before = snapshot(tmp_path / ".target.pdiffcopy")
+    (line,) = error_lines(run_pdiffcopy("--atomic", tmp_path / ".target.pdiffcopy", tmp_path / "target"))
+    assert "give it another name" in line and snapshot(tmp_path / ".target.pdiffcopy") == before
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_folders_are_not_replaced(tmp_path, name):
+    """However they are spelled."""
+    with pytest.raises(FileForbiddenError, match="directory"):
+        LocalReplica(f"{tmp_path}/{name}").stage("abc")
+    assert os.listdir(tmp_path) == []
 
 
 def test_devices_are_not_replaced(device, tmp_path):

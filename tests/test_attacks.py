@@ -14,9 +14,11 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from threading import Thread, Timer
 from types import SimpleNamespace
@@ -26,7 +28,10 @@ import pytest
 import requests
 
 from pdiffcopy.address import parse_location
-from pdiffcopy.exceptions import FileError
+from pdiffcopy.client import Network
+from pdiffcopy.client.servers import Servers
+from pdiffcopy.entries import Kind
+from pdiffcopy.exceptions import FileError, ProtocolError
 from pdiffcopy.files.confinement import Root
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.localreplica import LocalReplica
@@ -242,6 +247,53 @@ def test_swapped_links_leak_nothing_without_openat2_either(jail, walks):
     assert state_of(jail / "outside") == {str(jail / "outside" / "secret"): SECRET}
 
 
+def list_lines(server, name: str, depth: int = 100) -> list[bytes]:
+    """The lines of a list, without size and time."""
+    response = ask(server, "GET", "list", name, depth=depth)
+    assert response.status_code == 200, response.text
+    *lines, end = response.content.splitlines()
+    assert end == b"done"
+    return [b" ".join(line.split(b"\t")[::3]) for line in lines if not line.startswith(b"=")]
+
+
+def test_no_list_leads_out_of_the_root(launch, jail):
+    """It tells what is inside, and of that what a link leads to only if that is inside, too."""
+    server = launch("--root", str(jail / "root"))
+    inside = [b"folder ", b"link absolute", b"file file", b"folder folder", b"link folder/deep", b"file folder/file"]
+    inside += [b"link proc", b"link relative", b"link to-secret", b"link within"]
+    for name in ("/", "/..", "/../..", "//", "/folder/.."):
+        assert list_lines(server, name) == inside
+    names = [name for way in ways_out(jail / "outside") for name in (way, os.path.dirname(way))]
+    for name in set(names) - {"/", "/folder"}:
+        if name.startswith("/proc"):  # which leads to itself inside
+            assert ask(server, "GET", "list", name).status_code == 403
+        else:
+            assert list_lines(server, name) == [b"missing "]
+    assert list_lines(server, "/within") == [b"file "]
+
+
+@pytest.mark.parametrize("walks", [False, True])
+def test_swapped_links_lead_no_list_outside(jail, walks):
+    """Somebody swaps a folder for a link while it is listed: with and without openat2, what is outside isn't told."""
+    root = Root(str(jail / "root"))
+    root.walks = root.walks or walks
+    (jail / "outside" / "another secret").mkdir()
+    outcomes = set()
+    try:
+        with swapping(jail):
+            for name, path in [("/", "swapped-folder"), ("/swapped-folder", "")] * 1000:
+                entries = {entry.name: entry for entry in LocalReplica(name, root).entries(100)}
+                outcomes.add((name, entries[path].kind))
+                for told in entries.values():
+                    assert "another" not in told.name
+                    assert told.size in (0, len(b"harmless"))
+    finally:
+        os.close(root.fd)
+    assert outcomes == {
+        ("/", Kind.FOLDER), ("/", Kind.LINK), ("/swapped-folder", Kind.FOLDER), ("/swapped-folder", Kind.MISSING)
+    }  # fmt: skip
+
+
 # Tokens {{{1
 
 
@@ -261,6 +313,7 @@ def test_token_is_asked_for_before_anything_else(launch, token_file):
     targets = [(method, f"{endpoint}{query}") for method, endpoint in ENDPOINTS for query in (
         "", "?filename=/etc/hostname", "?filename=relative", "?filename=%00", "?offset=-1&offset=2"
     )]  # fmt: skip
+    targets += [("GET", "list"), ("GET", "list?filename=/&depth=9")]
     targets += [("GET", ""), ("GET", "unknown"), ("POST", "info"), ("DELETE", "blocks"), ("OPTIONS", "blocks")]
     answers = set()
     for authorization in (None, "", "Bearer", f"Basic {TOKEN}", "Bearer wrong", f"Bearer {TOKEN}x", "Bearer \xff\xfe"):
@@ -698,7 +751,8 @@ def test_nothing_is_created_among_parts_of_the_kernel(launch, tmp_path):
 
 HARMLESS = ("all-honest", "blocks-more-than-announced", "hashes-endless", "info-garbage-members")
 """These don't keep a careful client from getting the right file."""
-ELSEWHERE = {"all-redirect", "all-silence", "hashes-stall", "all-endless-continue"}
+LISTS = {name for name in BEHAVIOURS if name.startswith("list-")}
+ELSEWHERE = {"all-redirect", "all-silence", "hashes-stall", "all-endless-continue", *LISTS}
 """These have tests of their own."""
 ONLY_AS_TARGET = ("write-", "resize-", "sync-")
 CLIENT_MEMORY = 160 * MEBIBYTE
@@ -749,6 +803,22 @@ def test_hostile_servers_get_nowhere(tmp_path, behaviour):
     assert len(lines) == 1 and "Traceback" not in stderr, stderr
     assert len(lines[0]) < 2000
     assert os.listdir(tmp_path) == ["local"]
+
+
+@pytest.mark.parametrize("behaviour", sorted(LISTS))
+def test_hostile_lists_get_nowhere(behaviour):
+    """Whatever a server says of a folder: memory stays bounded, and no name leads out of it."""
+    with HostileProcess(behaviour) as server, Servers(Network(timeout=5, retries=1)) as servers, ExitStack() as stack:
+        entries = stack.enter_context(closing(servers.open(parse_location(server.location)).entries(5)))
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        if behaviour == "list-endless":
+            assert sum(entry.kind is Kind.FILE for entry in islice(entries, 20_001)) == 20_000
+        else:
+            with pytest.raises(ProtocolError) as info:
+                list(entries)
+            assert str(info.value).startswith("http://127.0.0.1:") and str(info.value).isprintable()
+        assert tracemalloc.get_traced_memory()[1] < 32 * MEBIBYTE
 
 
 def test_interim_responses_come_to_an_end(tmp_path):
@@ -898,6 +968,38 @@ def test_slow_readers_share_the_memory(launch, tmp_path):
             rests = rests + 0.25 if cpu_time(server) <= before + 1 else 0
         status = Path(f"/proc/{worker}/status").read_text()
     assert int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) < 250_000
+
+
+def test_lists_that_nobody_reads_are_cheap(launch, tmp_path):
+    """Each takes two MiB at most, however much there is to tell, and nothing stays open when its reader leaves."""
+    server, count = launch("-c", "1"), 50
+    for number in range(8000):
+        (tmp_path / f"{number:04}{'é' * 125}").touch()
+    assert len(list_lines(server, str(tmp_path))) == 8001
+    before = peak_memory(server)
+    (worker,) = children_of(server.process.pid)
+
+    def count_open() -> int:
+        links = [link for fd in os.listdir(f"/proc/{worker}/fd") if (link := read_link(f"/proc/{worker}/fd/{fd}"))]
+        return links.count(str(tmp_path))
+
+    with ExitStack() as stack:
+        for _ in range(count):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(f"GET /list?filename={tmp_path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        wait_for(lambda: count_open() == count, 60, "the lists")
+        assert peak_memory(server) - before < 2 * count * MEBIBYTE
+    wait_for(lambda: count_open() == 0, what="the end of the lists")
+
+
+def read_link(path: str) -> str:
+    """What a link leads to (empty when it's gone)."""
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        return ""
 
 
 @pytest.mark.parametrize("method, endpoint, parameters", [

@@ -80,7 +80,7 @@ def test_reference_shows_the_usage():
 
 def test_usage_names_all_options():
     """An option that's understood is documented, and one that's documented is understood."""
-    understood = set(OPTIONS) | {"--verbose", "--quiet", "--version", "--help"}
+    understood = set(OPTIONS) | {"--archive", "--verbose", "--quiet", "--version", "--help"}
     listed = re.findall(r"^  (-.*)$", pdiffcopy.cli.__doc__, re.MULTILINE)
     documented = set(re.findall(r"--[a-z-]+", " ".join(listed)))
     assert documented == understood
@@ -101,7 +101,6 @@ def test_version_is_printed():
     ("arguments", "message"),
     [
         (["one"], "two locations"),
-        (["one", "two", "three"], "two locations"),
         (["--nonsense", "a", "b"], "--nonsense"),
         (["-x", "a", "b"], "-x"),
         (["a", "b", "--block-size"], "--block-size"),
@@ -223,7 +222,8 @@ def test_json_is_one_object(files, server):
     assert facts.pop("elapsed") > 0
     size = source.stat().st_size
     assert facts == {
-        "source": f"{server.origin}{source}", "target": str(target), "dry_run": False, "delta_transfer": True,
+        "source": f"{server.origin}{source}", "target": str(target), "outcome": "updated", "dry_run": False,
+        "delta_transfer": True,
         "block_size": BLOCK, "hash_method": "blake3", "size": size, "similarity": 0.75, "verification": "verified",
         "blocks_compared": 8, "blocks_changed": 2, "bytes_compared": size, "bytes_moved": BLOCK + 100,
         "bytes_verified": BLOCK + 100, "retries": 0, "watched": True, "claimed": True, "bytes_cut": 0,
@@ -257,18 +257,6 @@ def test_working_directory_that_is_gone_only_matters_to_relative_names(files, tm
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == code, result.stderr
     assert "the working directory doesn't exist any more" in error_lines(result)[0]
-
-
-def test_name_of_a_folder_is_not_made_a_file(files, server, tmp_path):
-    """Neither here nor there, whether the folder exists or not."""
-    source, _ = files
-    (tmp_path / "folder").mkdir()
-    for name in ("new/", "folder/", "folder"):
-        for place in (f"{tmp_path}/{name}", f"127.0.0.1:{server.port}{tmp_path}/{name}"):
-            result = run_pdiffcopy(source, place)
-            assert result.returncode == 1
-            assert "folder" in error_lines(result)[0]
-    assert not (tmp_path / "new").exists() and not list((tmp_path / "folder").iterdir())
 
 
 def test_missing_device_does_not_become_a_file(files, server):
@@ -365,11 +353,12 @@ def test_no_progress_bar_without_a_terminal(files):
 
 
 def _run_on_terminal(*arguments) -> tuple[int, str]:
-    """Run the program with stderr on a terminal. Returns the exit code and what the terminal got."""
+    """Run the program with stderr on a terminal, and no patience. Returns the exit code and what the terminal got."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        command = [sys.executable, "-m", "pdiffcopy", *map(os.fspath, arguments)]
+        steps = "from pdiffcopy.client import progress; progress.DELAY = 0; from pdiffcopy.cli import main; main()"
+        command = [sys.executable, "-c", steps, *map(os.fspath, arguments)]
         with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as process:
             os.close(theirs)
             output = b""
@@ -599,6 +588,28 @@ def test_imports_stay_on_their_side():
     assert not server & {"requests", "pdiffcopy.client", "pdiffcopy.mp", "pdiffcopy.processes"}
     everything = client | server | modules_after_importing("cli", "client.http")
     assert not everything & {"pipes", "executor", "humanfriendly.testing"}
+
+
+def test_short_run_imports_no_more_than_it_needs(files, server):
+    """It takes as long as its imports."""
+    source, target = files
+    code = """
+        import sys
+
+        before = set(sys.modules)
+        from pdiffcopy.cli import run_client
+
+        run_client(source=sys.argv[1], target=sys.argv[2])
+        print(*(set(sys.modules) - before))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), source, server.location(target)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert target.read_bytes() == source.read_bytes()
+    modules = set(result.stdout.split())
+    assert {"requests", "pdiffcopy.client.run"} < modules
+    assert not modules & {"asyncio", "multiprocessing", "tqdm", "humanfriendly.prompts", "humanfriendly.tables"}
+    others = {"client.benchmark", "client.workers", "files.confinement", "mp", "operations", "processes", "server"}
+    assert not modules & {f"pdiffcopy.{name}" for name in others}
 
 
 # The server {{{1

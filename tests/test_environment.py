@@ -28,7 +28,7 @@ import pytest
 
 from pdiffcopy.exceptions import WorkerError
 from pdiffcopy.mp import WorkerPool
-from tests.support import children_of, error_lines, is_alive, run_pdiffcopy, wait_for, write_pattern
+from tests.support import MANY_BLOCKS, children_of, error_lines, is_alive, run_pdiffcopy, wait_for, write_pattern
 
 RUN_TIMEOUT = 60
 PROGRAM = [sys.executable, "-m", "pdiffcopy"]
@@ -39,7 +39,7 @@ needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace isn
 
 @pytest.fixture
 def source(tmp_path):
-    """A file of a few blocks."""
+    """A file of a few blocks, or of many."""
     write_pattern(tmp_path / "source", 3_000_000)
     return tmp_path / "source"
 
@@ -60,7 +60,8 @@ def assert_refused(result, target: Path) -> str:
 def test_missing_shared_memory_is_one_line(source, tmp_path):
     """Semaphores live in /dev/shm."""
     script = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", *PROGRAM, "--json", source, tmp_path / "target"]
+    inside = [*PROGRAM, *MANY_BLOCKS, "--json", source, tmp_path / "target"]
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *inside]
     result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT)
     assert "/dev/shm" in assert_refused(result, tmp_path / "target")
 
@@ -70,11 +71,12 @@ def limit_files(count):
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
+@pytest.mark.parametrize("options", [(), MANY_BLOCKS], ids=["one process", "many"])
 @pytest.mark.parametrize("count", [8, 15, 20, 26, 27, 28, 29, 30])
-def test_few_descriptors_are_enough_or_too_few_from_the_start(source, tmp_path, count):
+def test_few_descriptors_are_enough_or_too_few_from_the_start(source, tmp_path, count, options):
     """No run ends in the middle because of them."""
     target = tmp_path / "target"
-    result = run_pdiffcopy("--json", source, target, preexec_fn=partial(limit_files, count))
+    result = run_pdiffcopy("--json", *options, source, target, preexec_fn=partial(limit_files, count))
     if result.returncode:
         assert "ulimit -n" in assert_refused(result, target)
     else:
@@ -84,7 +86,7 @@ def test_few_descriptors_are_enough_or_too_few_from_the_start(source, tmp_path, 
 def test_soft_limit_of_descriptors_does_not_count(source, tmp_path):
     """It's for programs that can't deal with many. What the administrator allows is used."""
     limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 4096))
-    result = run_pdiffcopy("-c", "20", source, tmp_path / "target", preexec_fn=limit)
+    result = run_pdiffcopy("-c", "20", *MANY_BLOCKS, source, tmp_path / "target", preexec_fn=limit)
     assert result.returncode == 0, result.stderr
 
 
@@ -95,7 +97,7 @@ def test_missing_processes_are_one_line(source, tmp_path, failing):
     calls = "clone,clone3,fork,vfork"
     strace = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={calls}"]
     strace += ["-e", f"inject={calls}:error=EAGAIN:when={failing}+"]
-    command = [*strace, *PROGRAM, "--json", source, tmp_path / "target"]
+    command = [*strace, *PROGRAM, *MANY_BLOCKS, "--json", source, tmp_path / "target"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT)
     assert "ulimit -u" in assert_refused(result, tmp_path / "target")
 
@@ -150,12 +152,12 @@ def test_second_interrupt_leaves_no_process(source, tmp_path):
     """The children die with their parent, whatever they are doing."""
     os.mkfifo(tmp_path / "hold")
     code = f"""
-        import signal, time, pdiffcopy.cli, pdiffcopy.client.run, pdiffcopy.mp
-        pdiffcopy.client.run.transfer_batch = lambda *arguments: open({str(tmp_path / "hold")!r}, "w")
+        import signal, time, pdiffcopy.cli, pdiffcopy.client.workers, pdiffcopy.mp
+        pdiffcopy.client.workers.transfer_batch = lambda *arguments: open({str(tmp_path / "hold")!r}, "w")
         pdiffcopy.mp.WorkerPool.__exit__ = lambda *arguments: time.sleep(60)  # an end that hangs
         pdiffcopy.cli.main()
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), source, tmp_path / "target"]
+    command = [sys.executable, "-c", textwrap.dedent(code), *MANY_BLOCKS, source, tmp_path / "target"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "target").exists())
     children = wait_for(lambda: children_of(process.pid))
@@ -231,10 +233,12 @@ def test_format_that_was_asked_for_is_used(source, tmp_path):
     assert "=> The whole file" in re.sub(r"\x1b\[[0-9;]*m", "", output)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_stdout_without_room_is_one_line(option):
+def test_stdout_without_room_is_one_line(option, unbuffered):
     """Its readers have to know that something is missing."""
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        result = subprocess.run([*PROGRAM, option], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run([*PROGRAM, option], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     assert result.returncode == 1
     assert result.stderr.startswith("pdiffcopy: ") and len(result.stderr.splitlines()) == 1

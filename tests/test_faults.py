@@ -16,9 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from pdiffcopy.address import parse_location
+from pdiffcopy.client import Network
+from pdiffcopy.client.servers import Servers
 from tests.hostile import HostileProcess
 from tests.relay import RelayProcess
 from tests.support import (
+    MANY_BLOCKS,
     RUN_TIMEOUT,
     STALL,
     Server,
@@ -412,7 +416,7 @@ def test_killed_server_workers_are_replaced(launch, tmp_path, direction):
 def test_killed_client_leaves_no_process_and_a_target_to_complete(server, tmp_path, direction):
     """Kill -9 of the client ends its children too, and the next run gives the right file."""
     pair = Pair(tmp_path, direction, server.port)
-    with interrupted(pair, server.port) as process:
+    with interrupted(pair, server.port, *MANY_BLOCKS) as process:
         children = children_of(process.pid)
         assert children
         process.kill()
@@ -428,7 +432,7 @@ def test_killed_children_fail_the_run(server, tmp_path, direction, victim):
     pair = Pair(tmp_path, direction, server.port)
     # While the hashes are held none of the children can be done.
     with RelayProcess(server.port, "response GET+/hashes middle hold") as relay:
-        process = pair.via(relay.port).start()
+        process = pair.via(relay.port).start(*MANY_BLOCKS)
         relay.wait_for_hit()
         children = wait_for(lambda: len(found := sorted(children_of(process.pid))) == 3 and found, what="children")
         os.kill(children[victim], signal.SIGKILL)
@@ -439,13 +443,15 @@ def test_killed_children_fail_the_run(server, tmp_path, direction, victim):
     pair.check_completion(server.port)
 
 
+@pytest.mark.parametrize("options", [(), MANY_BLOCKS], ids=["one process", "many"])
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_interruption_leaves_a_target_to_complete(server, tmp_path, direction, number, status):
+def test_interruption_leaves_a_target_to_complete(server, tmp_path, direction, number, status, options):
     """SIGTERM, Control-C and SIGHUP end the run with their exit code and without a process left, wherever it is."""
     pair = Pair(tmp_path, direction, server.port)
-    with interrupted(pair, server.port) as process:
+    with interrupted(pair, server.port, *options) as process:
         children = children_of(process.pid)
+        assert bool(children) == bool(options)
         process.send_signal(number)
         wait_for(lambda: process.poll() is not None, what="the end of the client")
         assert not any(map(is_alive, children))
@@ -618,6 +624,32 @@ def test_slow_work_is_no_silence(launch, tmp_path):
     options = "-b", "256MiB", "-m", "sha3_512", "--timeout", "1", "--retries", "0"
     result = run_client(*options, server.location(tmp_path / "source"), str(tmp_path / "target"))
     assert result.returncode == 0, result.stderr
+
+
+def test_slow_list_is_no_silence(launch, tmp_path):
+    """Nor is one of a folder that takes longer than --timeout to be read."""
+    slow = "look = listing._Thing.look; listing._Thing.look = lambda *words: time.sleep(1.5) or look(*words)"
+    beat = "import pdiffcopy.hashing; pdiffcopy.hashing.HEARTBEAT = 0.05"
+    server = launch(setup=f"{beat}; import time; from pdiffcopy.files import listing; {slow}")
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    with Servers(Network(timeout=1, retries=0)) as servers:
+        entries = servers.open(parse_location(server.location(tmp_path))).entries(1)
+        assert [entry.name for entry in entries] == ["", "a", "b"]
+
+
+def test_list_survives_broken_connections(server, tmp_path):
+    """Wherever they break: each entry is told once, and none is left out."""
+    for number in range(3000):
+        (tmp_path / f"{number:04}-{'x' * 100}").touch()
+    places = ((5000, "reset"), (100_000, "corrupt"), (200_000, "close"), (300_000, "drop=7"))
+    faults = [f"response GET+/list {place} {action} 1 {skip}" for skip, (place, action) in enumerate(places)]
+    with RelayProcess(server.port, *faults) as relay:
+        with Servers(Network(timeout=5, retries=3)) as servers:
+            replica = servers.open(parse_location(f"127.0.0.1:{relay.port}{tmp_path}"))
+            names = [entry.name for entry in replica.entries(1)]
+        assert len(relay.stop()) == len(faults)
+    assert names == ["", *sorted(os.listdir(tmp_path))]
 
 
 @pytest.mark.parametrize("options", [("-W",), (), ("-m", "xxh128")], ids=" ".join)

@@ -14,6 +14,8 @@ import pytest
 import xxhash
 
 from pdiffcopy import hashing
+from pdiffcopy.blocks import Extent, Hole, find_layout
+from pdiffcopy.digests import digest_layout
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.localfile import LocalFile
@@ -133,6 +135,56 @@ def test_hashing_can_begin_and_end_anywhere(tmp_path):
         stripes = list(hashers.hash(file, 5000, 15250, 500, "sha1", 2))
     assert len(stripes) > 1
     assert [tuple(digest) for stripe in stripes for digest in stripe] == hash_all(data[:15250], 500)[10:]
+
+
+@pytest.mark.usefixtures("small_stripes")
+def test_files_without_holes_are_searched_once(tmp_path, monkeypatch):
+    """To look for the next hole may take as long as to hash what comes before it."""
+    data = write_pattern(tmp_path / "file", 100 * SMALL_STRIPE)
+    searches = []
+    original = LocalFile.holes
+    monkeypatch.setattr(LocalFile, "holes", lambda *args: searches.append(args) or original(*args))
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
+        found = list(chain.from_iterable(hashers.hash(file, 0, len(data), 512, "sha1", grain=512)))
+    assert [tuple(digest) for digest in found] == hash_all(data, 512)
+    assert len(searches) == 1
+
+
+@pytest.mark.usefixtures("small_stripes")
+@pytest.mark.parametrize("block_size", [2048, 4096, 10_000, 16384])
+def test_holes_are_told_and_not_read(tmp_path, monkeypatch, block_size):
+    """However blocks and stripes lie: each block is told once, whole holes as such, and all layouts are known."""
+    letters = "ab--c----------d-e-f" * 3 + "-"
+    size = len(letters) * 4096 - 100
+    with (tmp_path / "file").open("wb") as handle:
+        handle.truncate(size)
+        for index, letter in enumerate(letters):
+            if letter != "-":
+                handle.seek(4096 * index)
+                handle.write(letter.encode() * 4096)
+    data = (tmp_path / "file").read_bytes()
+    read = []
+    original = LocalFile.read_into
+    monkeypatch.setattr(LocalFile, "read_into", lambda *args: read.append(original(*args)) or read[-1])
+    with LocalFile(str(tmp_path / "file")) as file, Hashers(3) as hashers:
+        holes = list(file.holes(0, size))
+        if sum(hole.size for hole in holes) != letters.count("-") * 4096 - 100:
+            pytest.skip("this file system has no holes of a page")
+        found = list(chain.from_iterable(hashers.hash(file, 0, size, block_size, "sha1", grain=4096)))
+    position = 0
+    for item in found:
+        assert item.offset == position
+        if isinstance(item, Hole):
+            assert not any(data[position : sum(item)])
+            position = sum(item)
+            continue
+        block = Extent(position, min(block_size, size - position))
+        layout = digest_layout(find_layout(block, holes, block_size, 4096))
+        digest = hash_directly("sha1", data[position : sum(block)])
+        assert item.digest == (f"{digest}.{layout}" if layout else digest)
+        position = sum(block)
+    assert position == size
+    assert sum(read) == len(letters.replace("-", "")) * 4096
 
 
 def test_missing_file_is_an_error(tmp_path):

@@ -6,8 +6,11 @@ import json
 
 import pytest
 
-from pdiffcopy.client import Client, Location
-from pdiffcopy.exceptions import UsageError, VerificationError
+from pdiffcopy.address import parse_location
+from pdiffcopy.client import Client, Location, Network
+from pdiffcopy.client.servers import Servers
+from pdiffcopy.exceptions import FileMissingError, UsageError, VerificationError
+from pdiffcopy.features import FEATURE_LIST
 from pdiffcopy.files.localfile import LocalFile
 from tests import old_peer
 from tests.support import error_lines, make_data, run_pdiffcopy, snapshot, write_pattern
@@ -49,6 +52,15 @@ def test_new_client_works_with_old_server(launch_old, tmp_path, direction, size,
     assert report.verification == ("verified" if direction == "download" else "unverified")
     if direction == "download":
         assert report.result.bytes_verified == report.result.bytes_moved
+
+
+def test_old_server_has_no_lists(launch_old, tmp_path):
+    """It says so by what it can't do, and to ask for one anyway is an error, not an empty folder."""
+    with Servers(Network()) as servers:
+        replica = servers.open(parse_location(launch_old().location(tmp_path)))
+        assert FEATURE_LIST not in replica.info()[1].features
+        with pytest.raises(FileMissingError):
+            list(replica.entries(1))
 
 
 def test_between_an_old_and_a_new_server(launch_old, server, tmp_path):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 import pwd
 import stat
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import requests
 
-from pdiffcopy.blocks import Metadata
+from pdiffcopy.answers import decode_metadata
+from pdiffcopy.blocks import Extent, Metadata
 from pdiffcopy.client import Client
-from pdiffcopy.exceptions import ForbiddenError, ProgramError
+from pdiffcopy.exceptions import FileForbiddenError, ForbiddenError, ProgramError, ProtocolError
 from pdiffcopy.files import metadata as metadata_module
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading
 from tests.support import error_lines, run_pdiffcopy, snapshot, write_pattern
 
 DIRECTIONS = ("local", "upload", "download")
@@ -100,6 +104,23 @@ def test_times_of_other_ages(server, tmp_path, direction, time):
     assert target.stat().st_mtime_ns == time
 
 
+@pytest.mark.parametrize("time", [10**28, -(10**28)])
+def test_times_that_are_none(server, tmp_path, time):
+    """There is no file of that age, whatever the file system."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    answer = requests.post(f"http://127.0.0.1:{server.port}/metadata", params={"filename": path, "mtime_ns": time})
+    assert answer.status_code == 400 and "no time" in answer.text
+
+
+@pytest.mark.parametrize("words", [{"mtime_ns": 10**28}, {"owner": "\ud800"}, {"group": "\ud800"}, {"mode": 1 << 12}])
+def test_hostile_server_states_impossible_metadata(words):
+    """One line says so."""
+    document = {**Metadata(mode=0o600, uid=1, gid=1, mtime_ns=1)._asdict(), **words}
+    with pytest.raises(ProtocolError, match="impossible metadata"):
+        decode_metadata(json.dumps(document).encode())
+
+
 def test_names_count_for_more_than_numbers(tmp_path, monkeypatch):
     """The same user may have another number elsewhere; who has no name there keeps the number."""
     path = tmp_path / "file"
@@ -150,12 +171,59 @@ def test_what_may_not_be_set_is_known_in_advance(tmp_path, source, option, monke
 
 
 def test_in_advance_nothing_shows(tmp_path):
-    """But for owner and group: the rest comes when the contents are there."""
+    """All of it comes when the contents are there: what was somebody else's then couldn't be gone on with."""
     path = tmp_path / "file"
     path.write_bytes(b"")
     before = look_at(path)
-    LocalReplica(str(path)).set_metadata(Metadata(mode=0o4777, mtime_ns=5, uid=1), in_advance=True)
-    assert look_at(path) == (before[0], 1, *before[2:])
+    LocalReplica(str(path)).set_metadata(Metadata(mode=0o4777, mtime_ns=5, uid=1, gid=2), in_advance=True)
+    assert look_at(path) == before
+    path.chmod(0o6755)
+    LocalReplica(str(path)).set_metadata(Metadata(mode=0o6755), in_advance=True)
+    assert look_at(path)[0] == 0o755
+
+
+def test_contents_are_not_for_those_who_may_not_read_them_in_the_end(tmp_path, monkeypatch):
+    """From the beginning, unless the run is refused."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    path.chmod(0o664)
+    replica = LocalReplica(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata_module, "_set_owner", Mock(side_effect=PermissionError(1, "Not allowed")))
+        with pytest.raises(FileForbiddenError, match="Not allowed"):
+            replica.set_metadata(Metadata(mode=0o640, uid=1), in_advance=True)
+    assert look_at(path)[0] == 0o664
+    replica.set_metadata(Metadata(mode=0o640), in_advance=True)
+    assert look_at(path)[0] == 0o640
+
+
+def test_next_run_goes_on_with_what_is_to_be_somebody_elses(tmp_path, source):
+    """That it is given to is what comes last, after all that takes time."""
+    target = tmp_path / "target"
+    replica = LocalReplica(str(target))
+    staged = replica.stage("abc")
+    new = LocalReplica(staged.filename)
+    new.set_metadata(Metadata(uid=1234, gid=5678), "abc", in_advance=True)
+    new.resize(10000, "abc")
+    new.write([Extent(0, 10000)], Reading([source.read_bytes()]), "abc")
+    report = json.loads(run_pdiffcopy("--json", "--atomic", "-o", "-g", source, target).stdout)
+    assert report["bytes_moved"] == 0 and look_at(target)[1:3] == (1234, 5678)
+
+
+def test_new_owner_is_not_let_in_too_early(tmp_path, monkeypatch):
+    """The group may read the file that it had, but not the one that it gets."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    path.chmod(0o660)
+    modes, change = [], os.fchown
+
+    def fchown(fd, *owner):
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        change(fd, *owner)
+
+    monkeypatch.setattr(metadata_module.os, "fchown", fchown)
+    LocalReplica(str(path)).set_metadata(Metadata(mode=0o604, gid=1))
+    assert modes == [0o600] and look_at(path)[0] == 0o604
 
 
 def test_claims_hold_for_metadata_too(server, tmp_path):

@@ -662,7 +662,8 @@ import sys
 from pdiffcopy.client import Client
 
 def copy(target):
-    return Client(source=sys.argv[1], target=target, block_size=4096).run().result.bytes_moved
+    # So many blocks are too many for one batch, which would take no other process.
+    return Client(source=sys.argv[1], target=target, block_size=512).run().result.bytes_moved
 """
 POOL = (
     COPY

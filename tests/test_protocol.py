@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from urllib.parse import parse_qs, urlencode
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy.blocks import MAX_OFFSET, Extent
+from pdiffcopy.blocks import MAX_OFFSET, MAX_TIME, Extent
+from pdiffcopy.entries import MAX_DEPTH
 from pdiffcopy.exceptions import DamagedError, LengthRequiredError, ProgramError, RequestError, TooLargeError
 from pdiffcopy.protocol import (
     REQUESTS,
@@ -20,6 +20,7 @@ from pdiffcopy.protocol import (
     InfoRequest,
     PiecesRequest,
     ReadRequest,
+    ReleaseRequest,
     ResizeRequest,
     WriteRequest,
 )
@@ -61,6 +62,7 @@ def lay_out(pairs: list[tuple[int, int]]) -> tuple[Extent, ...]:
 
 
 WORDS = {
+    "within": st.just("") | st.text(min_size=1).filter(lambda name: "\0" not in name).map(lambda name: "/" + name),
     "filename": st.text(min_size=1).filter(lambda name: "\0" not in name).map(lambda name: "/" + name),
     "file_id": st.sampled_from(["", "fe00:1234@0b-1", "!~"]),
     "run": st.sampled_from(["dead", "0" * 64]),
@@ -76,12 +78,13 @@ WORDS = {
     "uid": st.none() | st.integers(0, 2**32 - 2),
     "gid": st.none() | st.integers(0, 2**32 - 2),
     **dict.fromkeys(["owner", "group"], st.sampled_from(["", "mysql", "Jürgen", "a b"])),
-    "mtime_ns": st.none() | st.integers(-(10**29), 10**29),
-    "ctime_ns": st.integers(-(10**29), 10**29),
+    "mtime_ns": st.none() | st.integers(-MAX_TIME, MAX_TIME),
+    "ctime_ns": st.integers(-MAX_TIME, MAX_TIME),
     "takes": st.integers(0, MAX_OFFSET),
     "new_id": st.just("fe00:1234@0b-1"),
     "digest": st.just("0123456789abcdef" * 2),
     "grain": st.just(512),
+    "depth": st.integers(0, MAX_DEPTH),
     **dict.fromkeys(["checks", "flush", "data", "create", "keep", "in_advance"], st.booleans()),
 }
 
@@ -90,7 +93,7 @@ WORDS = {
 @given(data=st.data())
 def test_requests_survive(kind, data):
     """What one side encodes is what the other one decodes, whatever the values are, and it isn't taken for damaged."""
-    values = {item.name: data.draw(WORDS[item.name], item.name) for item in fields(kind)}
+    values = {name: data.draw(WORDS[name], name) for name in kind.declarations}
     if kind is HashesRequest:
         values["grain"] = data.draw(st.sampled_from([0, 512, 4096])) if values["checks"] else 0
     if kind is ClearRequest:
@@ -108,13 +111,31 @@ def test_requests_survive(kind, data):
         check_query(query.replace("abc", "abd").encode("ascii"), headers[REQUEST_HEADER])
 
 
+def test_requests_are_values():
+    """Equal when they are of one kind and have the same words, in whatever order, and never changed."""
+    one = HashesRequest(filename="/a", method="md5", offset=0)
+    assert one == HashesRequest(method="md5", filename="/a") and hash(one) == hash(HashesRequest(method="md5", **FILE))
+    assert one != HashesRequest(filename="/b", method="md5") and InfoRequest(**FILE) != ReleaseRequest(**FILE, run="1")
+    assert one.changed(checks=True) == HashesRequest(filename="/a", method="md5", checks=True) != one
+    assert repr(InfoRequest(**FILE)) == "InfoRequest(filename='/a', file_id='', within='', run='')"
+    with pytest.raises(AttributeError, match="HashesRequest never changes"):
+        one.offset = 1
+
+
+@pytest.mark.parametrize("words", [{}, {"method": "md5", "size": 1}], ids=["one is missing", "one too many"])
+def test_requests_take_their_words_and_no_others(words):
+    """Python would say the same of a function."""
+    with pytest.raises(TypeError, match="HashesRequest takes filename, file_id, within, block_size, method, "):
+        HashesRequest(**FILE, **words)
+
+
 def test_each_request_is_a_method_of_a_replica():
     """The routes and the replica have the same table, and no route is there twice."""
-    assert {kind.action for kind in REQUESTS} == Replica.__abstractmethods__ - {"digest"}
+    assert {kind.action for kind in REQUESTS} - {"many"} == Replica.__abstractmethods__ - {"digest"}
     assert len({(kind.verb, kind.endpoint) for kind in REQUESTS}) == len(REQUESTS)
-    reading = {"info", "hashes", "holes", "pieces", "read", "metadata"}
-    assert {kind.action for kind in REQUESTS if not kind.writes} == reading
-    assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS)
+    reading = {"info", "entries", "hashes", "holes", "pieces", "read", "metadata"}
+    assert {kind.action for kind in REQUESTS if not kind.writes} == {*reading, "many"}
+    assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS if kind.action != "many")
 
 
 def test_requests_are_those_of_the_frozen_protocol():

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -15,11 +19,14 @@ from pdiffcopy.blocks import Extent, FileInfo
 from pdiffcopy.client import Network
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.entries import MAX_DEPTH, Entry, Kind, check_entries
 from pdiffcopy.exceptions import (
     DigestMismatchError,
     FileMissingError,
     ForbiddenError,
     ProgramError,
+    ReplacedError,
+    SourceChangedError,
     TakenOverError,
 )
 from pdiffcopy.features import FEATURES
@@ -44,13 +51,19 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def replica(kind, request, path) -> Replica:
-    """A replica of a file that doesn't exist yet, nor does its folder."""
+def open_replica(kind, request) -> Callable[[Path], Replica]:
+    """A function that makes replicas."""
     if kind == "local":
-        return LocalReplica(str(path))
+        return lambda path: LocalReplica(str(path))
     server = request.getfixturevalue("server")
-    address = Address(str(path), "127.0.0.1", server.port)
-    return Servers(Network(retries=0, timeout=20)).open(address)
+    servers = Servers(Network(retries=0, timeout=20))
+    return lambda path: servers.open(Address(str(path), "127.0.0.1", server.port))
+
+
+@pytest.fixture
+def replica(open_replica, path) -> Replica:
+    """A replica of a file that doesn't exist yet, nor does its folder."""
+    return open_replica(path)
 
 
 @pytest.fixture
@@ -86,9 +99,9 @@ def test_info_tells_size_time_and_identity(replica, path, data):
     info, _ = replica.info()
     assert (info.exists, info.size, info.resizable) == (True, len(data), True)
     assert info.mtime_ns == path.stat().st_mtime_ns
-    assert replica.info()[0] == info
+    assert not info.describe_change(replica.info()[0])
     os.utime(path, ns=(1, 1))
-    assert replica.info()[0] != info
+    assert info.describe_change(replica.info()[0]) == "time"
     write_pattern(path.parent / "other", len(data))
     os.utime(path.parent / "other", ns=(1, 1))
     before = replica.info()[0]
@@ -103,6 +116,88 @@ def test_info_tells_what_its_side_can_do(replica, data):
     _, peer = replica.info()
     assert peer.features == FEATURES >= {"digest", "extents", "resume", "sync"}
     assert {"sha1", "md5", "xxh128", "blake3"} <= peer.methods
+
+
+def test_entries_tell_what_a_name_leads_to(replica, open_replica, path):
+    """Nothing, a file or a folder; and a link leads to what it leads to."""
+    assert list(replica.entries(5)) == [Entry("", Kind.MISSING)]
+    path.parent.mkdir()
+    size = len(write_pattern(path, 100))
+    file = Entry("", Kind.FILE, size, path.stat().st_mtime_ns)
+    (path.parent / "link").symlink_to(path)
+    assert list(replica.entries(5)) == list(open_replica(path.parent / "link").entries(0)) == [file]
+    folder = Entry("", Kind.FOLDER, 0, path.parent.stat().st_mtime_ns)
+    assert list(open_replica(path.parent).entries(0)) == [folder]
+
+
+ODD_NAMES = [
+    b"\xff\xfe",
+    "é ü".encode(),
+    b"new\nline",
+    b"a\tb",
+    b" ",
+    b"...",
+    b"%2e%2e",
+    b"x" * 255,
+    b"done",
+    b"=",
+    b"{}",
+]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3, MAX_DEPTH])
+def test_entries_of_a_folder(open_replica, tmp_path, depth):
+    """Each once, in order, as deep as was asked for, whatever they are called and whatever they are."""
+    for number, (first, second) in enumerate(itertools.product(ODD_NAMES, repeat=2)):
+        name = os.path.join(os.fsencode(tmp_path), first, second)
+        os.makedirs(os.path.join(os.path.dirname(name), b"folder %d" % number))
+        os.symlink("..", os.path.join(os.path.dirname(name), b"folder %d" % number, second))
+        with open(name, "wb") as handle:
+            handle.truncate(number)
+        os.utime(name, ns=(0, number * 10**9 - 5))
+    os.mkfifo(tmp_path / "fifo")
+    told = list(check_entries(open_replica(tmp_path).entries(depth), depth))
+    paths = sorted(tmp_path.rglob("*"), key=lambda path: [os.fsencode(part) for part in path.parts])
+    names = [str(path.relative_to(tmp_path)) for path in paths]
+    assert [entry.name for entry in told] == ["", *(name for name in names if name.count("/") < depth)]
+    for entry in told:
+        status = (tmp_path / entry.name).lstat()
+        assert entry.kind.value in {"file", "folder", "link", "fifo"}
+        assert (entry.kind is Kind.FOLDER) == (tmp_path / entry.name).is_dir() or entry.kind is Kind.LINK
+        assert (entry.size, entry.mtime_ns) == (status.st_size * (entry.kind is Kind.FILE), status.st_mtime_ns)
+
+
+def test_entries_are_as_many_as_there_are(open_replica, tmp_path):
+    """20,000 names are no problem, and whoever has seen enough may leave."""
+    for number in range(20_000):
+        (tmp_path / f"{number:05}").touch()
+    replica = open_replica(tmp_path)
+    names = [entry.name for entry in check_entries(replica.entries(1), 1)]
+    assert names == ["", *(f"{number:05}" for number in range(20_000))]
+    with closing(replica.entries(1)) as entries:
+        assert [next(entries).name for _ in range(3)] == ["", "00000", "00001"]
+    assert next(replica.entries(0)).kind is Kind.FOLDER
+
+
+def test_entries_of_what_can_not_be_read(open_replica, tmp_path):
+    """An error, also in the middle: a part of a list would look like all of it."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ProgramError, match="symbolic links"):
+        list(open_replica(tmp_path / "loop").entries(1))
+    os.makedirs(tmp_path.joinpath(*["d"] * MAX_DEPTH))
+    with pytest.raises(ProgramError, match=f"more than {MAX_DEPTH} folders"):
+        list(open_replica(tmp_path).entries(MAX_DEPTH))
+
+
+def test_entries_of_something_else(replica, path, data):
+    """A replica that is pinned to a file isn't listed when another one has its name."""
+    pinned = [replica.pinned(replica.info()[0].file_id, is_source) for is_source in (False, True)]
+    assert [next(one.entries(1)).kind for one in pinned] == [Kind.FILE] * 2
+    path.rename(path.parent / "other")
+    path.touch()
+    for one, kind in zip(pinned, (ReplacedError, SourceChangedError), strict=True):
+        with pytest.raises(kind):
+            next(one.entries(1))
 
 
 @pytest.mark.parametrize("block_size", [1000, BLOCK, 3 * BLOCK + 100, 10**6])
@@ -315,7 +410,8 @@ def test_resize_makes_file_and_folders(replica, path):
 def test_claim_and_release_tell_what_the_file_is(replica, path, data):
     """Nobody has to ask for that once more. Only one run at a time has a claim, and none has it after its end."""
     for run in ("aa", "bb"):
-        assert replica.claim(run) == (True, replica.info()[0])
+        claimed, info = replica.claim(run)
+        assert claimed and not info.describe_change(replica.info()[0])
     replica.release("aa")
     with pytest.raises(TakenOverError):
         replica.info("aa")

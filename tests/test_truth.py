@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from pdiffcopy.client import Client
-from pdiffcopy.client import run as client_run
+from pdiffcopy.client import job as client_job
 from pdiffcopy.exceptions import FileError, ReplacedError, SourceChangedError, TakenOverError
 from pdiffcopy.files import kernel
 from pdiffcopy.files.claims import RUN_ATTRIBUTE
@@ -135,13 +135,13 @@ def test_local_source_whose_name_leads_elsewhere_has_changed(tmp_path, monkeypat
     link = tmp_path / "link"
     link.symlink_to(source)
 
-    original = client_run.Run._look
+    original = client_job.Job.look
 
     def look(self, writes):
         original(self, writes)
         stack.enter_context(elsewhere(link, tmp_path / "other"))
 
-    monkeypatch.setattr(client_run.Run, "_look", look)
+    monkeypatch.setattr(client_job.Job, "look", look)
     before = target.read_bytes()
     with ExitStack() as stack, pytest.raises(SourceChangedError, match="its identity"):
         Client(source=str(link), target=str(target), block_size=BLOCK, delta_transfer=not whole).run()

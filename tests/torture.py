@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tests.relay import RelayProcess
 from tests.support import (
+    MANY_BLOCKS,
     Server,
     children_of,
     ext4,
@@ -52,7 +53,7 @@ def kill_and_rerun(pair: Pair, seed: int, kills: int = 2) -> None:
     """Kill the client at random moments, and let one run end undisturbed."""
     chance = random.Random(seed)
     for _ in range(kills):
-        process = pair.start()
+        process = pair.start(*chance.choice([(), MANY_BLOCKS]))
         with suppress(subprocess.TimeoutExpired):
             process.wait(chance.uniform(0, LONGEST_RUN))
         children = children_of(process.pid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,20 @@ from property_manager import PropertyManager, mutable_property, set_property
 
 from pdiffcopy import BLOCK_SIZE, DEFAULT_CONCURRENCY
 from pdiffcopy.blocks import block_length
+from pdiffcopy.client.job import Job
 from pdiffcopy.client.location import Location
 from pdiffcopy.client.network import Network
+from pdiffcopy.client.places import find_kind, find_place
 from pdiffcopy.client.plan import Options
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.run import Run
 from pdiffcopy.client.servers import Servers
+from pdiffcopy.entries import Kind
 from pdiffcopy.exceptions import UsageError
 
 if TYPE_CHECKING:
     from pdiffcopy.client.benchmark import Measurement
+    from pdiffcopy.client.summary import FileReport, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,21 @@ class Client(PropertyManager):
         return False
 
     @mutable_property
+    def progress(self) -> str:
+        """How progress is shown: 'json' is a line a second on stderr (defaults to a bar, if that's a terminal)."""
+        return ""
+
+    @mutable_property
+    def recursive(self) -> bool:
+        """Whether the source may be a folder (a boolean, defaults to :data:`False`)."""
+        return False
+
+    @mutable_property
+    def rules(self) -> Sequence[tuple[bool, str]]:
+        """Which files of a folder are chosen: tuples like :class:`.Rule`, the first one that fits counts."""
+        return ()
+
+    @mutable_property
     def sparse(self) -> str:
         """
         What becomes of holes (a string, defaults to 'auto').
@@ -129,6 +148,16 @@ class Client(PropertyManager):
     def source(self, value: Location | str) -> None:
         """Accept a location or the text of one."""
         set_property(self, "source", self._adopt(value))
+
+    @mutable_property
+    def sources(self) -> Sequence[Any]:
+        """Several :class:`.Location` objects from which data is read, for :meth:`run_files` (or texts of them)."""
+        return [self.source] if self.source else []
+
+    @sources.setter
+    def sources(self, value: Iterable[Location | str]) -> None:
+        """Accept locations or the texts of them."""
+        set_property(self, "sources", [self._adopt(item) for item in value])
 
     @mutable_property
     def target(self) -> Any:
@@ -161,10 +190,40 @@ class Client(PropertyManager):
         :raises: :exc:`.SourceChangedError` when the source isn't what it was at the start,
                  :exc:`.VerificationError` when something keeps arriving wrong, other kinds of :exc:`.ProgramError`.
         """
-        with self._running() as run:
-            report = run.synchronize()
+        with self._running() as (run, job):
+            report = run.synchronize(find_place(job))
         logger.log(logging.WARNING if report.reservations else logging.INFO, "%s", report)
         return report
+
+    @property
+    def is_about_many(self) -> bool:
+        """Whether there are several files, so that it takes :meth:`run_files`."""
+        if len(self.sources) == 1 and self.recursive:
+            return find_kind(self.sources[0].replica, "-r") is not Kind.FILE
+        return len(self.sources) > 1
+
+    def run_files(self, summary: Summary | None = None) -> Iterator[FileReport]:
+        """
+        Synchronize several sources, or those files of a folder that are chosen, to a folder: each as if it were alone.
+
+        :param summary: Takes note of them.
+        :returns: A generator that tells what was done with each file, or why it failed.
+        :raises: Kinds of :exc:`.ProgramError` for what forbids all of it, or would be the same for all files.
+        """
+        from pdiffcopy.client.many import bring_all
+        from pdiffcopy.client.selection import Rule, select_files, select_tree
+
+        with Servers(self.network) as servers:
+            sources = [location.address for location in self.sources]
+            if not (sources and self.target):
+                raise UsageError("A client needs sources and a target")
+            options, target = self._get_options(), self.target.address
+            if self.is_about_many and self.recursive:
+                selection = select_tree(sources[0], target, [Rule(*rule) for rule in self.rules], servers)
+            else:
+                selection = select_files(sources, target, servers)
+            run = Run(options, servers, progress=self.progress)
+            yield from bring_all(selection, run, summary)
 
     def find_changes(self) -> list[int]:
         """
@@ -172,8 +231,8 @@ class Client(PropertyManager):
 
         :returns: A list of integers with the offsets of the blocks that differ. Nothing is written.
         """
-        with self._running() as run:
-            return run.compare()
+        with self._running() as (_, job):
+            return job.compare()
 
     def compute_transfer_size(self, offsets: Iterable[int]) -> int:
         """
@@ -191,14 +250,20 @@ class Client(PropertyManager):
 
         :param offsets: A list of integers with the byte offsets of the blocks to copy from source to target.
         """
-        with self._running(list(offsets)) as run:
-            run.synchronize()
+        with self._running(list(offsets)) as (run, job):
+            run.synchronize(job)
 
     @contextmanager
-    def _running(self, offsets: list[int] | None = None) -> Iterator[Run]:
+    def _running(self, offsets: list[int] | None = None) -> Iterator[tuple[Run, Job]]:
         if not (self.source and self.target):
             raise UsageError("A client needs a source and a target")
-        options = Options(
+        with Servers(self.network) as servers:
+            options, is_given = self._get_options(), offsets is not None
+            job = Job(self.source.address, self.target.address, options, servers, is_given)
+            yield Run(options, servers, offsets, self.progress), job
+
+    def _get_options(self) -> Options:
+        return Options(
             atomic=self.atomic,
             block_size=self.block_size,
             concurrency=self.concurrency,
@@ -212,9 +277,7 @@ class Client(PropertyManager):
             sparse=self.sparse,
             times=self.times,
             verify=self.verify,
-        )
-        with Servers(self.network) as servers:
-            yield Run(self.source.address, self.target.address, options, servers, offsets)
+        ).checked()
 
     def _adopt(self, value: Location | str) -> Location:
         location = value if isinstance(value, Location) else Location(expression=os.fspath(value))

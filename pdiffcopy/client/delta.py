@@ -12,12 +12,11 @@ read, sent or written, and memory stays flat however large the file is::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
-from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, total_size
-from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, find_layout, total_size
+from pdiffcopy.digests import digest_blockwise, digest_layout
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.words import MAX_EXTENTS
 
@@ -36,6 +35,8 @@ equally long."""
 LOOK_WINDOW = 4 * 1024 * 1024
 """After how many more bytes we look whether somebody has begun to wait."""
 
+MAX_PARTS = 2**16
+"""Into how many parts a file is cut at most that becomes zeros, of which workers write some each."""
 MAX_FILLS = 512
 """How many extents of a batch become holes or zeros at most: far apart, they take ten characters each."""
 
@@ -47,8 +48,7 @@ REORDER_WINDOW = 65536
 _ZEROS = bytes(65536)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What one worker transfers in one go, and what was compared to find it."""
 
     extents: tuple[Extent, ...] = ()
@@ -136,19 +136,21 @@ class Sparse(Enum):
 class Comparison:
     """Decides what becomes of the blocks of two files."""
 
-    def __init__(self, size: int, block_size: int, sparse: Sparse, new_hasher: Callable[[], Any]):
+    def __init__(self, size: int, block_size: int, sparse: Sparse, new_hasher: Callable[[], Any], grain: int = 1):
         """
         Initialize a comparison.
 
         :param size: The size of the source (in bytes).
         :param sparse: What becomes of holes.
         :param new_hasher: Makes hash objects like those that the digests stem from.
+        :param grain: The size of the smallest hole that matters (in bytes).
         """
         self.size, self.block_size, self.sparse, self.new_hasher = size, block_size, sparse, new_hasher
+        self.grain = grain
         self._zeros: dict[int, str] = {}
-        # A hole of any size takes no time, and zeros do.
-        whole = max(BATCH_SIZE // block_size, 1) * block_size
-        self.most = whole if sparse is Sparse.NEVER else size
+        # A hole of any size takes no time. Workers share zeros, which do; but to tell of many parts takes time as well.
+        part = max(BATCH_SIZE, size // MAX_PARTS, block_size)
+        self.most = part // block_size * block_size if sparse is Sparse.NEVER else size
 
     def compare(self, source: Iterable[Item], target: Iterable[Item]) -> Iterator[Block]:
         """
@@ -190,9 +192,14 @@ class Comparison:
         else:
             their_digest, their_layout = _split(right)
             is_alike = their_digest == (self._get_zeros(size) if fill else digest)
-            keeps_layout = not is_auto or layout == their_layout
-            changed = fill == HOLES or not (is_alike and keeps_layout)
+            if fill == HOLES:
+                layout = self._get_hole_layout(Extent(offset, size))
+            changed = not (is_alike and (layout == their_layout or not (is_auto or fill == HOLES)))
         return Block(offset, size, changed, digest, fill, -(-size // self.block_size))
+
+    def _get_hole_layout(self, block: Extent) -> str:
+        """The digest of the layout of a block that is a hole, as far as its first and last bytes allow."""
+        return digest_layout(find_layout(block, [block], self.block_size, self.grain))
 
     def _get_zeros(self, size: int) -> str:
         """The digest of a block of zeros."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from http import HTTPStatus
+from typing import NoReturn, Protocol
 
 from pdiffcopy.address import Address
 from pdiffcopy.answers import (
@@ -14,10 +15,13 @@ from pdiffcopy.client.retry import Patience
 from pdiffcopy.exceptions import (
     ProgramError,
     TransientError,
+    get_error_class,
 )
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
+
+_KNOWN_STATUS = frozenset(HTTPStatus)
 
 
 class Answer(Protocol):
@@ -44,6 +48,15 @@ def make_foreign_error(url: str) -> TransientError:
     """Make an error for an answer that belongs to another request."""
     text = "{url}: the answer isn't that to the request (does a proxy in between keep or repeat answers?)"
     return TransientError(text, url=url, status=0)
+
+
+def fail(url: str, request: Request, status: int, detail: str, is_ours: bool = True) -> NoReturn:
+    """Raise the most specific error for a status."""
+    if not detail:
+        detail = HTTPStatus(status).phrase if status in _KNOWN_STATUS else f"HTTP status {status}"
+    action = f"{request.verb} {request.endpoint}"
+    text = "{url}: the server refused {action}: {detail}"
+    raise get_error_class(status, is_ours)(text, url=url, action=action, detail=detail, status=status)
 
 
 class Server(Protocol):

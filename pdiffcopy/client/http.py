@@ -12,9 +12,8 @@ import socket
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from http import HTTPStatus
 from http.client import HTTPResponse
-from typing import Any, NoReturn
+from typing import Any
 
 import requests
 import urllib3
@@ -22,7 +21,7 @@ import urllib3
 from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo, decode_problem, sign_answer
 from pdiffcopy.client.connections import open_session
-from pdiffcopy.client.exchange import make_foreign_error
+from pdiffcopy.client.exchange import fail, make_foreign_error
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.digests import compute_digest
@@ -32,7 +31,6 @@ from pdiffcopy.exceptions import (
     RemoteError,
     ReportedError,
     TransientError,
-    get_error_class,
 )
 from pdiffcopy.features import FEATURE_ANSWER
 from pdiffcopy.files.buffers import CHUNK_SIZE
@@ -49,7 +47,6 @@ _NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST",
 """What OpenSSL calls an answer that isn't TLS."""
 FIRST_RETRIES, FIRST_TIMEOUT = 2, 10.0
 """How often a server that has never answered is asked again, and how long a connection to it may take, in seconds."""
-_KNOWN_STATUS = frozenset(HTTPStatus)
 _MAX_DOCUMENT = 1024 * 1024
 """The longest JSON document that is read from a server, in bytes."""
 
@@ -135,10 +132,10 @@ class HttpServer:
                 answer = HttpAnswer(url, response, self.network.timeout)
                 is_ours = self._check(answer, headers[REQUEST_HEADER])
                 if answer.status not in expect or (answer.status >= 400 and not is_ours):
-                    _fail(url, request, answer.status, decode_problem(answer.read_document()), is_ours)
+                    fail(url, request, answer.status, decode_problem(answer.read_document()), is_ours)
                 yield answer
         except ReportedError as e:
-            _fail(url, request, e.status, str(e))
+            fail(url, request, e.status, str(e))
         except ProgramError:
             raise
         except _NETWORK_ERRORS as e:
@@ -268,15 +265,6 @@ class _Body:
             # The connection knows how to send that as a whole.
             return iter([chunks])
         return (bytes(chunk) if isinstance(chunk, Piped) else chunk for chunk in chunks)
-
-
-def _fail(url: str, request: Request, status: int, detail: str, is_ours: bool = True) -> NoReturn:
-    """Raise the most specific error for a status."""
-    if not detail:
-        detail = HTTPStatus(status).phrase if status in _KNOWN_STATUS else f"HTTP status {status}"
-    action = f"{request.verb} {request.endpoint}"
-    text = "{url}: the server refused {action}: {detail}"
-    raise get_error_class(status, is_ours)(text, url=url, action=action, detail=detail, status=status)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

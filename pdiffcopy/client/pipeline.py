@@ -15,6 +15,7 @@ never report success for bytes that aren't there.
 
 All of it happens at the same time. The queues between the steps are bounded, so whatever is slowest slows the others
 down, and memory doesn't grow with the file. A changed block is still in the page cache when step 4 reads it again.
+(Where there can't be more than one batch, the client process takes these steps alone, one after the other.)
 
 What may not be assumed: batches finish in any order, and after a failure any part of the target may be old or new.
 What may: a batch is written completely or its failure ends the run, and doing it twice does no harm.
@@ -24,9 +25,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 
@@ -64,6 +64,9 @@ VERIFY_ATTEMPTS = 3
 
 logger = logging.getLogger(__name__)
 
+Finder = Callable[[Plan, Replicas, Callable[[], bool]], Iterable[Batch]]
+"""Finds out what there is to transfer, like :func:`generate_batches`. It has to be picklable."""
+
 
 def open_source(plan: Plan, replicas: Replicas) -> Replica:
     """Get the source, as the file that it was at the first look."""
@@ -87,7 +90,7 @@ def open_baseline(plan: Plan, replicas: Replicas) -> Replica:
 
 def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
     """Compare source and target: a generator of all blocks of the source, some of them in runs."""
-    comparison = Comparison(plan.size, plan.block_size, plan.sparse, get_hasher(plan.method))
+    comparison = Comparison(plan.size, plan.block_size, plan.sparse, get_hasher(plan.method), plan.grain or 1)
     replica = open_baseline(plan, replicas)
     if plan.needs_hashes:
         source = _digests(plan, open_source(plan, replicas), 0, plan.size)
@@ -159,8 +162,7 @@ def transfer_batch(
     mismatches = sum(_Transfer(plan, part, source, target, patience, tally).run() for part in parts)
     judge.note_move(size, time.monotonic() - started)
     tally.finish()
-    return replace(
-        Result.of_comparison(batch),
+    return Result.of_comparison(batch)._replace(
         bytes_moved=size,
         bytes_verified=size if plan.verification is not Verification.NONE else 0,
         bytes_zeroed=zeroed,
@@ -229,7 +231,7 @@ class _Transfer:
             states_digest = self.verification is Verification.STATED
             with self.source.read(self.batch.extents, states_digest) as reading:
                 stated = reading.digest
-                self._write(replace(reading, chunks=counted(reading.chunks, self.tally.count)))
+                self._write(reading._replace(chunks=counted(reading.chunks, self.tally.count)))
             self.patience.succeeded()
             return True
         except TransientError as e:
@@ -247,8 +249,7 @@ class _Transfer:
         if self.verification is Verification.BY_HASHES:
             reading = check_hashes(self.plan, self.batch, reading)
         elif self.verification is Verification.BLOCKWISE:
-            reading = replace(
-                reading,
+            reading = reading._replace(
                 digest=self.batch.digest,
                 block_size=self.batch.unit or self.plan.block_size,
                 method=self.plan.method,
@@ -291,7 +292,7 @@ class _Transfer:
             return
         start, stop = self.batch.extents[0].offset, sum(self.batch.extents[-1])
         remaining = list(reversed(self.batch.extents))
-        plan = replace(self.plan, grain=0)
+        plan = self.plan._replace(grain=0)
         with closing(_digests(plan, self.source, start, stop)) as items:
             for offset, digest in (item for item in items if isinstance(item, BlockDigest)):
                 if offset >= sum(remaining[-1]):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from operator import add
+from typing import NamedTuple
 
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import FileInfo, Metadata
@@ -18,8 +19,7 @@ AUTO, FAST, COMMON = "auto", "blake3", "sha1"
 SPARSE_CHOICES = tuple(choice.value for choice in Sparse if choice is not Sparse.IGNORED)
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a user wants of a run (:class:`.Client` has the defaults)."""
 
     block_size: int
@@ -52,7 +52,7 @@ class Options:
         """Whether the target is to have any metadata of the source."""
         return self.perms or self.times or self.owner or self.group
 
-    def __post_init__(self) -> None:
+    def checked(self) -> Options:
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
         if not 0 < self.block_size <= MAX_BLOCK_SIZE:
             raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
@@ -61,8 +61,7 @@ class Options:
         if self.sparse not in SPARSE_CHOICES:
             choices = ", ".join(SPARSE_CHOICES)
             raise UsageError("--sparse takes {choices}, not {value}", choices=choices, value=repr(self.sparse))
-        if self.hash_method != AUTO:
-            object.__setattr__(self, "hash_method", find_method(self.hash_method))
+        return self if self.hash_method == AUTO else self._replace(hash_method=find_method(self.hash_method))
 
 
 class Verification(Enum):
@@ -77,8 +76,7 @@ class Verification(Enum):
     """By the hashes of the blocks, since the source is too old to state digests."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What a run writes to, or compares."""
 
     address: Address
@@ -92,8 +90,7 @@ class Target:
     """What has the same contents, and is compared in its place."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a run does (child processes get a copy). It is made once, when the target has been claimed."""
 
     source: Address
@@ -133,7 +130,8 @@ class Plan:
     @property
     def fills_new_file(self) -> bool:
         """Whether the target is new and going to have no holes."""
-        return self.is_new and not self.has_holes and self.sparse is not Sparse.ALWAYS
+        has_holes = self.has_holes and self.sparse is not Sparse.NEVER
+        return self.is_new and not has_holes and self.sparse is not Sparse.ALWAYS
 
     @property
     def needs_hashes(self) -> bool:
@@ -141,8 +139,7 @@ class Plan:
         return self.delta or self.verification is Verification.BY_HASHES
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What has become of a batch, or of several."""
 
     blocks_compared: int = 0
@@ -159,7 +156,6 @@ class Result:
         """Make the result of not transferring a batch."""
         return cls(batch.blocks_compared, batch.blocks_changed, batch.bytes_compared)
 
-    def __add__(self, other: Result) -> Result:
-        """Add up all numbers."""
-        mine, theirs = vars(self), vars(other)
-        return Result(**{name: mine[name] + theirs[name] for name in mine})
+    def __add__(self, other: Result) -> Result:  # type: ignore[override]
+        """Add up all numbers (to make a longer tuple of two makes no sense here)."""
+        return Result(*map(add, self, other))

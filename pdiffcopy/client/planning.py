@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hashlib import algorithms_guaranteed
+from typing import NamedTuple
 
 from pdiffcopy import digests
 from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import FileInfo
-from pdiffcopy.client.delta import Sparse
+from pdiffcopy.blocks import FileInfo, count_blocks
+from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ForbiddenError, UsageError
@@ -23,6 +23,7 @@ from pdiffcopy.features import (
     FEATURE_SPARSE,
     FEATURE_SYNC,
 )
+from pdiffcopy.files.staging import is_new_version
 from pdiffcopy.replica import Replica
 from pdiffcopy.words import MAX_EXTENTS
 
@@ -30,8 +31,7 @@ CHEAP = frozenset([digests.METHOD, FAST])
 """By which methods the target is digested sooner than the source is read once more."""
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """What is known about one side at the first look."""
 
     replica: Replica
@@ -66,6 +66,18 @@ class Planner:
         if FEATURE_SPARSE not in self.common or self.is_given or sparse is Sparse.ALWAYS:
             return 0
         return self.source.info.size if sparse is Sparse.NEVER else self.source.info.allocated
+
+    @property
+    def max_extents(self) -> int:
+        """How many extents one request can carry."""
+        return MAX_EXTENTS if FEATURE_EXTENTS in self.common else 1
+
+    @property
+    def makes_one_batch(self) -> bool:
+        """Whether all that may differ makes up one batch."""
+        size = self.source.info.size
+        # No batch is closed sooner for those who wait, and in the worst case each other block differs.
+        return size < FIRST_WINDOW and count_blocks(size, self.options.block_size) <= self.max_extents
 
     def _choose_method(self) -> str:
         """Find the hash method, and refuse one that a side doesn't have."""
@@ -114,6 +126,9 @@ class Planner:
             raise UsageError("{label} is a block device, which --atomic can't replace", label=label)
         if self.is_given:
             raise UsageError("--atomic takes no blocks that are given")
+        if is_new_version(self.source.replica.filename):
+            text = "{label} may be what --atomic works on: give it another name"
+            raise UsageError(text, label=self.source.replica.label)
         self._demand(self.target, FEATURE_ATOMIC, "--atomic")
 
     def _check_target(self) -> None:
@@ -151,7 +166,7 @@ class Planner:
             delta=delta,
             verification=self._choose_verification(delta),
             piece_size=self._choose_piece_size() if delta else 0,
-            max_extents=MAX_EXTENTS if FEATURE_EXTENTS in self.common else 1,
+            max_extents=self.max_extents,
             sparse=sparse,
             grain=grain,
             has_holes=source.has_holes and sparse is not Sparse.IGNORED,
@@ -170,8 +185,8 @@ class Planner:
         wanted, grain = Sparse(self.options.sparse), max(self.source.info.grain, target.grain)
         if FEATURE_SPARSE not in self.common or self.is_given or not grain:
             return Sparse.IGNORED, 0
-        # A device has no holes, and where a hole can't be a part of a block, it consists of whole ones.
-        is_part = grain < self.options.block_size and self.options.block_size % grain == 0
+        # A device has no holes, and where blocks are so small that some have no whole grain, holes consist of blocks.
+        is_part = 2 * grain <= self.options.block_size
         return wanted if target.resizable else Sparse.NEVER, grain if is_part else self.options.block_size
 
     def _choose_piece_size(self) -> int:

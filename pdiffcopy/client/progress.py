@@ -11,17 +11,23 @@ may see the one before the other. The thread begins after the processes, which c
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
-from pdiffcopy.processes import make_counter
+from pdiffcopy.exceptions import UsageError
 
+JSON = "json"
 INTERVAL = 1.0
 """How often a bar is drawn, in seconds."""
+DELAY = 0.3
+"""What takes no longer than this needs no bar, in seconds: to import tqdm takes a part of it."""
 
 _LAYOUT = "{percentage:3.0f}%|{bar}|{remaining}, {rate_fmt}{postfix}"
 """With a bar of one character, an hour to go and the longest numbers that's 38 characters wide."""
@@ -40,6 +46,9 @@ class Reporter:
 
     def advance(self, compared: int, moved: int) -> None:
         """Take note of bytes that were compared and of bytes that were moved since the last call, in any process."""
+
+    def end_file(self) -> None:
+        """Take note that all is done with another file, in the process in whose ``with`` block that is."""
 
 
 class Tally:
@@ -77,21 +86,33 @@ class Tally:
         self.told = compared
 
 
-class Bar(Reporter):
-    """Shows the part that was compared, the time left, the rate, and the bytes moved."""
+class Counter:
+    """A number that this process counts with. :func:`.make_counter` makes one for several processes."""
 
-    def __init__(self, total: int, label: str):
+    value = 0
+
+    def get_lock(self) -> AbstractContextManager[None]:
+        """Only one thread counts."""
+        return nullcontext()
+
+
+class Display(Reporter):
+    """Shows in a ``with`` block, during which no process may be forked, what was counted in all processes."""
+
+    def __init__(self, total: int, files: int, label: str = "", make_counter: Callable[[], Any] = Counter):
         """
-        Initialize a bar. It's drawn in a ``with`` block, during which no process may be forked.
+        Initialize a display.
 
         :param total: How many bytes there are to compare.
-        :param label: What stands before the bar where there is room for it.
+        :param files: How many files they are in.
+        :param label: What is done with them.
+        :param make_counter: Makes what it counts with.
         """
-        self.total = total
-        self.label = label
+        self.total, self.files, self.label = total, files, label
         self.compared, self.moved = make_counter(), make_counter()
+        self.files_done = 0
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Display:
         self._done = threading.Event()
         self._artist = threading.Thread(target=self._draw, daemon=True)
         self._artist.start()
@@ -107,8 +128,21 @@ class Bar(Reporter):
             with counter.get_lock():
                 counter.value += size
 
+    def end_file(self) -> None:
+        """See :meth:`Reporter.end_file`."""
+        self.files_done += 1
+
+    def _draw(self) -> None:
+        raise NotImplementedError
+
+
+class Bar(Display):
+    """Shows the part that was compared, the time left, the rate, and the bytes moved."""
+
     def _draw(self) -> None:
         """Draw until all is done, or until the terminal or its environment doesn't like it: a run needs no bar."""
+        if self._done.wait(DELAY):
+            return
         try:
             from tqdm import tqdm
 
@@ -130,9 +164,49 @@ class Bar(Reporter):
             logger.debug("There is no progress bar: %r", e)
 
 
-def make_reporter(total: int, label: str) -> Reporter:
-    """Get a bar when there's a terminal to draw it on, and nobody asked for silence."""
-    return Bar(total, label) if _has_terminal() and logger.isEnabledFor(logging.INFO) else Reporter()
+class Lines(Display):
+    """Writes a JSON object a second to stderr, and a last one at the end, for programs that watch."""
+
+    def _draw(self) -> None:
+        """Write until all is done, or until nobody reads it."""
+        started = time.monotonic()
+        with suppress(OSError, ValueError):  # it has no stderr any more
+            is_over = False
+            while not is_over:
+                is_over = self._done.wait(INTERVAL)
+                print(json.dumps(self._look(time.monotonic() - started)), file=sys.stderr, flush=True)
+
+    def _look(self, elapsed: float) -> dict[str, Any]:
+        compared, moved = self.compared.value, self.moved.value
+        rate = compared / elapsed
+        return {
+            "bytes": compared,
+            "bytes_total": self.total,
+            "bytes_moved": moved,
+            "files": self.files_done,
+            "files_total": self.files,
+            "elapsed": elapsed,
+            "rate": rate,
+            "time_left": max(0, self.total - compared) / rate if rate else None,
+        }
+
+
+def make_reporter(
+    total: int, files: int, label: str, style: str = "", make_counter: Callable[[], Any] = Counter
+) -> Reporter:
+    """
+    Choose how progress is shown.
+
+    :param style: ``json``, or empty for a bar, if there's a terminal to draw it on and nobody asked for silence.
+    :param make_counter: Makes what is counted with.
+    """
+    if style == JSON:
+        return Lines(total, files, make_counter=make_counter)
+    if style:
+        raise UsageError("--progress takes json, not {value}", value=repr(style))
+    return (
+        Bar(total, files, label, make_counter) if _has_terminal() and logger.isEnabledFor(logging.INFO) else Reporter()
+    )
 
 
 def _has_terminal() -> bool:

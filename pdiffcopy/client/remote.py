@@ -10,29 +10,25 @@ where it was.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 from pdiffcopy.answers import (
     CLAIMED,
     CLEARED,
-    DONE,
     VERIFIED,
     PeerInfo,
     decode_flag,
     decode_holes,
     decode_info,
     decode_metadata,
-    decode_report,
     decode_staged,
-    parse_checked,
-    parse_hashes,
 )
-from pdiffcopy.blocks import BlockDigest, Extent, FileInfo, Hole, Metadata, count_blocks, total_size
+from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, count_blocks, total_size
 from pdiffcopy.client.delta import get_end, in_order
 from pdiffcopy.client.exchange import Answer, Server, make_foreign_error
+from pdiffcopy.entries import Entry, check_entries, skip_to
 from pdiffcopy.exceptions import (
     FileMissingError,
     ProtocolError,
@@ -48,6 +44,8 @@ from pdiffcopy.protocol import (
     HashesRequest,
     HolesRequest,
     InfoRequest,
+    ListRequest,
+    MakeFolderRequest,
     MetadataRequest,
     PiecesRequest,
     ReadRequest,
@@ -59,12 +57,9 @@ from pdiffcopy.protocol import (
     WriteRequest,
 )
 from pdiffcopy.replica import Reading, Replica, Staged
-from pdiffcopy.request import Request
+from pdiffcopy.request import R, Request
+from pdiffcopy.streams import DONE, decode_report, parse_checked, parse_entry, parse_hash, parse_hashes
 from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
-
-HOLES_WINDOW = 64 * 1024**3
-"""In how large a part of a file a server is asked for holes at a time, in bytes: to look there takes some seconds at
-most, and a hole that is larger is told in parts."""
 
 
 class RemoteReplica(Replica):
@@ -72,15 +67,16 @@ class RemoteReplica(Replica):
 
     is_near = False
 
-    def __init__(self, server: Server, filename: str):
+    def __init__(self, server: Server, filename: str, within: str = ""):
         """
         Initialize a replica (the server isn't contacted yet).
 
         :param server: Where it is.
         :param filename: How it is called there.
+        :param within: A folder that it lies in, and that no link below may lead out of (empty: links are followed).
         """
         self.server = server
-        self.filename = filename
+        self.filename, self.within = filename, within
         self.label = str(server.get_address(filename))
         self._size: int | None = None
 
@@ -88,7 +84,7 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.info`."""
 
         def ask() -> tuple[FileInfo, PeerInfo]:
-            request = InfoRequest(filename=self.filename, run=run)
+            request = InfoRequest(filename=self.filename, within=self.within, run=run)
             with self.server.exchange(request, expect=(200, 404)) as answer:
                 info, peer = decode_info(answer.read_document(), exists=answer.status == 200)
                 if FEATURE_ANSWER in peer.features and not answer.is_signed:
@@ -109,18 +105,45 @@ class RemoteReplica(Replica):
         """What the server can do (it is asked once)."""
         return (self.server.peer or self.info()[1]).features
 
+    def entries(self, depth: int) -> Generator[Entry, None, None]:
+        """See :meth:`.Replica.entries`."""
+        request = self._make(ListRequest, depth=depth)
+        try:
+            yield from check_entries(self._tell_entries(request), depth)
+        except ProtocolError as e:
+            raise ProtocolError("{url}: {reason}", url=self.label, reason=e) from e
+
+    def _tell_entries(self, request: ListRequest) -> Iterator[Entry]:
+        """Yield what the server says. A list that breaks off begins again, and goes on behind what was told."""
+        patience = self.server.get_patience()
+        last: Entry | None = None
+        while True:
+            try:
+                with self._exchange(request) as answer:
+                    # Nobody may have asked yet what it can do. Each server that has lists says that it's an answer.
+                    if not (answer.is_signed or self.server.peer):
+                        raise make_foreign_error(self.label)
+                    entries = parse_checked(answer.read_lines(), parse_entry)
+                    if last and not skip_to(last, entries):
+                        raise ReplacedError("{url} changed while it was listed, run again", url=self.label)
+                    for last in entries:
+                        yield last
+                        patience.succeeded()
+                return
+            except TransientError as e:
+                patience.failed(e)
+
     def hashes(
         self, block_size: int, method: str, concurrency: int, start: int = 0, stop: int | None = None, grain: int = 0
     ) -> Generator[list[BlockDigest | Hole], None, None]:
         """See :meth:`.Replica.hashes`."""
         end = self._get_size() if stop is None else stop
         patience, position = self.server.get_patience(), start
-        request = HashesRequest(
-            filename=self.filename, file_id=self.file_id, block_size=block_size, method=method,
-            concurrency=concurrency, flush=self.flush,
-        )  # fmt: skip
+        request = self._make(
+            HashesRequest, block_size=block_size, method=method, concurrency=concurrency, flush=self.flush
+        )
         if grain:
-            request = replace(request, grain=grain, checks=True)
+            request = request.changed(grain=grain, checks=True)
         while position < end:
             try:
                 for item in in_order(self._hash_lines(request, position, end), position, end, block_size):
@@ -137,8 +160,9 @@ class RemoteReplica(Replica):
         if resumes:
             request = request.starting_at(start)
         with self._exchange(request) as answer:
-            parse = parse_checked if resumes else parse_hashes
-            for count, line in enumerate(parse(answer.read_lines())):
+            chunks = answer.read_lines()
+            lines = parse_checked(chunks, parse_hash) if resumes else parse_hashes(chunks)
+            for count, line in enumerate(lines):
                 if line.offset >= stop and resumes:
                     return
                 if isinstance(line, Hole) and not request.grain:
@@ -152,9 +176,8 @@ class RemoteReplica(Replica):
     def holes(self, start: int, stop: int, grain: int) -> Iterator[Extent]:
         """See :meth:`.Replica.holes`."""
         while start < stop:
-            end = min(stop, start + HOLES_WINDOW)
-            request = HolesRequest(filename=self.filename, file_id=self.file_id, offset=start, stop=end, grain=grain)
-            holes, start = decode_holes(self._ask(request), start, end)
+            request = self._make(HolesRequest, offset=start, stop=stop, grain=grain)
+            holes, start = decode_holes(self._ask(request), start, stop)
             yield from holes
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
@@ -162,9 +185,7 @@ class RemoteReplica(Replica):
         digests = []
         for start in range(0, len(extents), MAX_EXTENTS):
             part = tuple(extents[start : start + MAX_EXTENTS])
-            request = PiecesRequest(
-                filename=self.filename, file_id=self.file_id, extents=part, size=size, method=method, flush=self.flush
-            )
+            request = self._make(PiecesRequest, extents=part, size=size, method=method, flush=self.flush)
             document = self._ask(request)
             length, rest = divmod(len(document), sum(count_blocks(extent.size, size) for extent in part))
             if rest or not length:
@@ -183,7 +204,7 @@ class RemoteReplica(Replica):
             yield Reading([])
             return
         size = total_size(extents)
-        request = self._make_read(extents, digest=state_digest)
+        request = self._make(ReadRequest.of, extents, flush=self.flush, digest=state_digest)
         with self._exchange(request) as answer:
             digest = answer.get_digest() if state_digest else ""
             yield Reading(answer.read_exactly(size), digest, size=size)
@@ -195,20 +216,16 @@ class RemoteReplica(Replica):
         clipped = (Extent(offset, min(size, info.size - offset)) for offset, size in extents)
         return [extent for extent in clipped if extent.size > 0]
 
-    def _make_read(self, extents: Sequence[Extent], **words: Any) -> ReadRequest:
-        return ReadRequest.of(extents, filename=self.filename, file_id=self.file_id, flush=self.flush, **words)
-
     def digest(self, extents: Sequence[Extent]) -> str:
         """See :meth:`.Replica.digest`."""
-        with self._exchange(self._make_read(extents, digest=True, data=False)) as answer:
+        request = self._make(ReadRequest.of, extents, flush=self.flush, digest=True, data=False)
+        with self._exchange(request) as answer:
             return answer.get_digest()
 
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`.Replica.write`."""
-        request = WriteRequest.of(
-            extents, filename=self.filename, file_id=self.file_id, block_size=reading.block_size,
-            method=reading.method, run=run, digest=reading.digest,
-        )  # fmt: skip
+        stated = {"digest": reading.digest, "block_size": reading.block_size, "method": reading.method}
+        request = self._make(WriteRequest.of, extents, run=run, **stated)
         body = Reading(reading.chunks, size=total_size(extents))
         with self._exchange(request, body) as answer:
             document = answer.read_document()
@@ -219,7 +236,7 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.clear`."""
         for start in range(0, len(extents), MAX_PACKED):
             part = tuple(extents[start : start + MAX_PACKED])
-            request = ClearRequest(filename=self.filename, file_id=self.file_id, packed=part, keep=keep, run=run)
+            request = self._make(ClearRequest, packed=part, keep=keep, run=run)
             if not decode_flag(self._ask(request), CLEARED):
                 return False
         return True
@@ -227,47 +244,47 @@ class RemoteReplica(Replica):
     def resize(self, size: int, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.resize`."""
         in_advance = in_advance and FEATURE_SPARSE in self._features
-        request = ResizeRequest(
-            filename=self.filename, file_id=self.file_id, size=size, in_advance=in_advance, run=run
-        )  # fmt: skip
-        self._ask(request)
+        self._ask(self._make(ResizeRequest, size=size, in_advance=in_advance, run=run))
 
-    def claim(self, run: str, create: bool = False, mode: int = FileInfo.mode) -> tuple[bool, FileInfo]:
+    def claim(self, run: str, create: bool = False, mode: int = DEFAULT_MODE) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""
         if FEATURE_CLAIM not in self._features:
             return False, self.info()[0]
-        request = ClaimRequest(
-            filename=self.filename, file_id=self.file_id, run=run, create=create, mode=mode if create else FileInfo.mode
-        )
+        request = self._make(ClaimRequest, run=run, create=create, mode=mode if create else DEFAULT_MODE)
         document = self._ask(request)
         return decode_flag(document, CLAIMED), decode_info(document, exists=True)[0]
 
     def release(self, run: str) -> FileInfo:
         """See :meth:`.Replica.release`."""
-        document = self._ask(ReleaseRequest(filename=self.filename, file_id=self.file_id, run=run))
+        document = self._ask(self._make(ReleaseRequest, run=run))
         return decode_info(document, exists=True)[0]
 
     def metadata(self) -> Metadata:
         """See :meth:`.Replica.metadata`."""
-        return decode_metadata(self._ask(MetadataRequest(filename=self.filename, file_id=self.file_id)))
+        return decode_metadata(self._ask(self._make(MetadataRequest)))
 
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.set_metadata`."""
-        words = {"filename": self.filename, "file_id": self.file_id, "in_advance": in_advance, "run": run}
-        self._ask(SetMetadataRequest.of(metadata, **words))
+        self._ask(self._make(SetMetadataRequest.of, metadata, in_advance=in_advance, run=run))
 
-    def stage(self, run: str, mode: int = FileInfo.mode, takes: int = 0) -> Staged:
+    def make_folder(self) -> None:
+        """See :meth:`.Replica.make_folder`."""
+        self._ask(self._make(MakeFolderRequest))
+
+    def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""
         # It isn't repeated: what the server still does for the first request would get in the way of the second.
-        request = StageRequest(filename=self.filename, file_id=self.file_id, run=run, mode=mode, takes=takes)
-        return Staged(*decode_staged(self._await(request)))
+        return Staged(*decode_staged(self._await(self._make(StageRequest, run=run, mode=mode, takes=takes))))
 
     def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
         """See :meth:`.Replica.commit`."""
-        request = CommitRequest(
-            filename=self.filename, file_id=self.file_id, new_id=new_id, ctime_ns=ctime_ns, run=run
-        )  # fmt: skip
+        request = self._make(CommitRequest, new_id=new_id, ctime_ns=ctime_ns, run=run)
         return decode_info(self._ask(request), exists=True)[0]
+
+    def _make(self, make: Callable[..., R], *arguments: Any, **words: Any) -> R:
+        """Make a request about this file."""
+        about = {"filename": self.filename, "file_id": self.file_id, "within": self.within}
+        return make(*arguments, **about, **words)
 
     def _ask(self, request: Request) -> bytes:
         def ask() -> bytes:
@@ -280,7 +297,7 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.sync`."""
         # It isn't repeated: an answer that got lost may have been the only one to tell of an error.
         try:
-            self._await(SyncRequest(filename=self.filename, file_id=self.file_id, run=run))
+            self._await(self._make(SyncRequest, run=run))
         except TransientError as e:
             text = "{url}: it isn't known whether the data has reached the disk, run again ({reason})"
             raise RemoteError(text, url=self.label, reason=e, status=0) from e

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from humanfriendly import format_size, format_timespan
 from humanfriendly.text import pluralize
@@ -12,8 +11,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.client.plan import Plan, Result, Verification
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What a run did."""
 
     target: Address
@@ -33,8 +31,17 @@ class Report:
     """How many bytes the target grew (or would grow) by."""
     left_alone: int = 0
     """How many bytes a device has behind the end of the source."""
+    created: bool = False
+    """Whether there was no target before."""
     claimed: bool = True
     """Whether the target was claimed, so that no other run can have mixed its data with that of this one."""
+
+    @property
+    def outcome(self) -> str:
+        """What has become of the target: ``equal`` (it was before), ``updated`` or ``created``."""
+        if self.created:
+            return "created"
+        return "updated" if self.result.blocks_changed or self.cut or self.grown else "equal"
 
     @property
     def similarity(self) -> float:
@@ -70,6 +77,7 @@ class Report:
         return {
             "source": str(self.plan.source),
             "target": str(self.target),
+            "outcome": self.outcome,
             "dry_run": self.dry_run,
             "delta_transfer": self.plan.delta,
             "block_size": self.plan.block_size,
@@ -83,7 +91,7 @@ class Report:
             "watched": self.watched,
             "claimed": self.claimed,
             "elapsed": self.elapsed,
-            **vars(self.result),
+            **self.result._asdict(),
         }
 
     def __str__(self) -> str:

@@ -15,7 +15,8 @@ from pdiffcopy.client.exchange import Server
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.remote import RemoteReplica
 from pdiffcopy.exceptions import DependencyError, UsageError
-from pdiffcopy.files.names import make_absolute
+from pdiffcopy.files.names import MACHINE, Namespace, make_absolute
+from pdiffcopy.hashing import Hashers
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Replica
 
@@ -30,6 +31,18 @@ def _open_http(address: Address, network: Network) -> Server:
 
 SCHEMES: dict[str, Callable[[Address, Network], Server]] = {"http": _open_http, "https": _open_http}
 """How to reach a server, for each scheme of an address."""
+
+
+def _contain(folder: str) -> Namespace:
+    from pdiffcopy.files.confinement import Within
+
+    return Within(MACHINE, folder)
+
+
+def _combine(server: Server) -> Server:
+    from pdiffcopy.client.combining import CombiningServer
+
+    return CombiningServer(server)
 
 
 class Replicas(Protocol):
@@ -47,13 +60,14 @@ class Servers:
     do if they have been asked already.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, combines: bool = False):
         """
         Initialize a collection in which there are none.
 
         :param network: How to talk to them.
+        :param combines: Whether many threads ask for many small things.
         """
-        self.network = network
+        self.network, self.combines = network, combines
         self._servers: dict[str, Server] = {}
 
     def __enter__(self) -> Servers:
@@ -76,9 +90,13 @@ class Servers:
         :raises: :exc:`.DependencyError` when it is remote and the requirements of the client aren't installed.
         """
         if address.is_near:
-            return LocalReplica(make_absolute(address.filename))
+            namespace = _contain(address.within) if address.within else MACHINE
+            # Made only now, since what goes to a process that is spawned can have no locks.
+            hashers = Hashers(0) if self.combines else None
+            return LocalReplica(make_absolute(address.filename), namespace, hashers)
         if address.origin not in self._servers:
             if address.scheme not in SCHEMES:
                 raise UsageError("There is no way to reach {address}", address=str(address))
-            self._servers[address.origin] = SCHEMES[address.scheme](address, self.network)
-        return RemoteReplica(self._servers[address.origin], address.filename)
+            server = SCHEMES[address.scheme](address, self.network)
+            self._servers[address.origin] = _combine(server) if self.combines else server
+        return RemoteReplica(self._servers[address.origin], address.filename, address.within)

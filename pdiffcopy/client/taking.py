@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from dataclasses import replace
 
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import FileInfo, Metadata
@@ -120,7 +119,7 @@ class Atomic(Taking):
         """See :meth:`Taking.complete`."""
         # The owner can read and write a new version until then, whatever the mode of the old one.
         is_private = self.info.exists and self.info.mode & 0o600 != 0o600
-        return replace(metadata, mode=self.info.mode) if is_private and metadata.mode is None else metadata
+        return metadata._replace(mode=self.info.mode) if is_private and metadata.mode is None else metadata
 
     def let_go(self, target: Target, replica: Replica) -> None:
         """See :meth:`Taking.let_go`."""

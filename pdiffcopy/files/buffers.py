@@ -9,6 +9,9 @@ from contextlib import contextmanager
 CHUNK_SIZE = 256 * 1024
 """How many bytes are read and hashed (or written) at a time: few enough to stay in the cache of a core."""
 
+ZEROED = memoryview(bytes(CHUNK_SIZE))
+"""So many zeros."""
+
 _IDLE_BUFFERS = 16
 _idle_buffers: list[mmap.mmap] = []
 

@@ -63,7 +63,7 @@ class Claims:
         :returns: :data:`False` for a device, and where a file system has no such attributes.
         :raises: :exc:`.FileError` when the claim, or the page cache after a flush that failed, can't be had.
         """
-        doubtful = self._get_claim().endswith(UNFLUSHED)
+        doubtful = self.is_doubtful()
         name = run + UNFLUSHED * doubtful
         self.check_free()
         # First without the lock, which many writers of an earlier run, taking turns, would never leave alone: that ends
@@ -98,6 +98,10 @@ class Claims:
             if e.errno != errno.EBUSY:
                 raise FileError.from_os_error(e, "claim", self.filename) from e
             return False
+
+    def is_doubtful(self) -> bool:
+        """Whether the page cache may have what the disk doesn't: a flush failed, or was interrupted."""
+        return self._get_claim().endswith(UNFLUSHED)
 
     def _get_claim(self) -> str:
         try:

@@ -7,11 +7,16 @@ keeps track of blocks, its *grain*: what is smaller than one of them is no hole.
 
 from __future__ import annotations
 
-import errno
+import mmap
 import os
 from collections.abc import Iterator
 
-from pdiffcopy.blocks import Extent
+from pdiffcopy.blocks import MAX_OFFSET, Extent, align
+from pdiffcopy.files import kernel
+
+_LAST = MAX_OFFSET + 1 - (mmap.PAGESIZE << 11)
+"""Where the last pages begin that a file can have. What the page cache holds as one piece (at most so many bytes,
+``MAX_XAS_ORDER`` in linux/pagemap.h) ends at an offset there that Linux can't express, and it takes that for a hole."""
 
 
 def find_holes(fd: int, start: int, stop: int, grain: int = 1) -> Iterator[Extent]:
@@ -19,29 +24,33 @@ def find_holes(fd: int, start: int, stop: int, grain: int = 1) -> Iterator[Exten
     Find the holes in a part of a file.
 
     :param fd: The descriptor of the file.
-    :param start: Where the part begins (in bytes, a multiple of the grain).
+    :param start: Where the part begins (in bytes).
     :param stop: Where it ends: at a multiple of the grain, or at the end of the file.
     :param grain: Holes begin and end at multiples of it (but at the end of the file): smaller ones aren't told.
     """
     position = start
-    while position < stop:
-        try:
-            begin = os.lseek(fd, position, os.SEEK_HOLE)
-        except OSError as e:
-            if e.errno in (errno.ENXIO, errno.EINVAL):  # it was cut meanwhile, or can't have any
-                return
-            raise
-        if begin >= stop:
-            return
-        try:
-            position = min(os.lseek(fd, begin, os.SEEK_DATA), stop)
-        except OSError as e:
-            if e.errno != errno.ENXIO:
-                raise
-            position = stop
-        begin, end = -(-begin // grain) * grain, position if position == stop else position // grain * grain
-        if begin < end:
-            yield Extent(begin, end - begin)
+    while position < stop and (begin := kernel.seek(fd, position, os.SEEK_HOLE, stop)) < stop:
+        position = find_data(fd, begin, stop)
+        if hole := align(Extent(begin, position - begin), grain, stop):
+            yield hole
+
+
+def find_data(fd: int, start: int, stop: int) -> int:
+    """Find the first byte in a part of a file that isn't in a hole (the end of the part if there's none)."""
+    found = kernel.seek(fd, start, os.SEEK_DATA, stop)
+    for offset in range(max(start, _LAST), found if found == stop else 0, mmap.PAGESIZE):
+        data = os.pread(fd, min(mmap.PAGESIZE, stop - offset), offset)
+        if data != bytes(len(data)):
+            return offset
+    return found
+
+
+def find_extents(fd: int, start: int, stop: int) -> Iterator[Extent]:
+    """Find what isn't in a hole, in a part of a file."""
+    while (start := find_data(fd, start, stop)) < stop:
+        end = kernel.seek(fd, start, os.SEEK_HOLE, stop)
+        yield Extent(start, end - start)
+        start = end
 
 
 def get_grain(fd: int) -> int:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pdiffcopy.blocks import Extent, cut
+from pdiffcopy.blocks import MAX_OFFSET, Extent, cut
 from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     DigestMismatchError,
@@ -19,11 +19,10 @@ from pdiffcopy.exceptions import (
     translating,
 )
 from pdiffcopy.files import kernel
-from pdiffcopy.files.buffers import CHUNK_SIZE, borrow_buffer
+from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
+from pdiffcopy.files.holes import get_grain
 from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.files.splice import Chunk, Piped, spread
-
-_ZEROS = bytes(CHUNK_SIZE)
 
 
 class LocalFile(OpenFile):
@@ -77,30 +76,33 @@ class LocalFile(OpenFile):
         :raises: What :meth:`write` raises.
         """
         for part in cut(extents, CHUNK_SIZE) if keep else extents:
-            if not keep and list(self.holes(part.offset, sum(part))) == [part]:
+            if not keep and sum(part) <= self.size() and not any(self.extents(part.offset, sum(part))):
                 continue
             with self.claims.writing(run):
                 self._check_room(sum(part))
                 if keep:
-                    self._write_at(part.offset, memoryview(_ZEROS)[: part.size])
+                    self._write_at(part.offset, ZEROED[: part.size])
                 elif not self._make_hole(part):
                     return False
             self._check_cleared(part)
         return True
 
     def _make_hole(self, extent: Extent) -> bool:
+        if self.is_device:
+            return False
+        offset, end = extent.offset, sum(extent)
         with translating("make a hole in", self.filename):
-            return not self.is_device and kernel.punch_hole(self.fd, *extent)
+            if end == self.size():  # with the rest of the last block, which would stay otherwise
+                end = min(-(-end // get_grain(self.fd)) * get_grain(self.fd), MAX_OFFSET)
+            return kernel.punch_hole(self.fd, offset, end - offset)
 
     def _check_cleared(self, extent: Extent) -> None:
         """Read what isn't in a hole, which is little where there are holes now."""
-        position = extent.offset
-        for hole in (*self.holes(extent.offset, sum(extent)), Extent(sum(extent), 0)):
-            for chunk in self.chunks([Extent(position, hole.offset - position)]):
-                if chunk != memoryview(_ZEROS)[: len(chunk)]:
+        for part in self.extents(extent.offset, sum(extent)):
+            for chunk in self.chunks([part]):
+                if chunk != ZEROED[: len(chunk)]:
                     text = "What lies in {filename} at offset {offset} should be zeros, and isn't"
-                    raise DigestMismatchError(text, filename=self.filename, offset=position)
-            position = sum(hole)
+                    raise DigestMismatchError(text, filename=self.filename, offset=part.offset)
 
     def _check_room(self, end: int) -> None:
         """A run makes room first. To write behind the end would make a hole of what somebody has cut off meanwhile."""

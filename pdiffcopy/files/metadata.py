@@ -7,9 +7,13 @@ import os
 import pwd
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 
-from pdiffcopy.blocks import Metadata
-from pdiffcopy.exceptions import translating
+from pdiffcopy.blocks import MAX_MODE, Metadata
+from pdiffcopy.exceptions import FileError, translating
+
+OWNER_ONLY = 0o600
+"""The mode of what only its owner can open. Whoever writes to a file needs it."""
 
 
 def read_metadata(fd: int, filename: str) -> Metadata:
@@ -26,23 +30,55 @@ def read_metadata(fd: int, filename: str) -> Metadata:
     )
 
 
-def write_metadata(fd: int, filename: str, metadata: Metadata, in_advance: bool = False) -> None:
+def write_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     """
     Give an open file other metadata. The time comes last, and the mode after the owner, which resets parts of it.
 
-    :param in_advance: Whether the contents are still to come: owner and group are set, of the rest it's only found out
-                       whether it may be (nothing but ``st_ctime`` changes).
     :raises: :exc:`.FileForbiddenError` when that isn't allowed.
     """
+    if metadata.mode is not None:
+        with translating("set the mode of", filename):  # a new owner isn't let in for a moment
+            limit(fd, metadata.mode | OWNER_ONLY)
     with translating("set the owner of", filename):
         _set_owner(fd, metadata)
-    status = os.fstat(fd)
     if metadata.mode is not None:
         with translating("set the mode of", filename):
-            os.fchmod(fd, stat.S_IMODE(status.st_mode) if in_advance else metadata.mode)
+            os.fchmod(fd, metadata.mode)
     if metadata.mtime_ns is not None:
         with translating("set the time of", filename):
-            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns if in_advance else metadata.mtime_ns))
+            os.utime(fd, ns=(os.fstat(fd).st_atime_ns, metadata.mtime_ns))
+
+
+def try_metadata(fd: int, filename: str, metadata: Metadata) -> None:
+    """
+    Find out whether an open file may get other metadata, as long as its contents are still to come.
+
+    If there's a mode to come, only those keep access who have it then, too, and set-id bits go. Nothing else shows.
+
+    :raises: :exc:`.FileForbiddenError` when it may not.
+    """
+    before = os.fstat(fd)
+    mode = before.st_mode & MAX_MODE
+    tried = metadata._replace(
+        mode=None if metadata.mode is None else mode & (metadata.mode | OWNER_ONLY),
+        mtime_ns=None if metadata.mtime_ns is None else before.st_mtime_ns,
+    )
+    try:
+        write_metadata(fd, filename, tried)
+    except FileError:
+        if os.fstat(fd).st_mode & MAX_MODE != mode:
+            os.fchmod(fd, mode)
+        raise
+    finally:
+        with suppress(OSError):  # the group may be one that its owner isn't in
+            _set_owner(fd, Metadata(uid=before.st_uid, gid=before.st_gid))
+
+
+def limit(fd: int, mode: int) -> None:
+    """Take away the permission bits of an open file that aren't among some others."""
+    found = stat.S_IMODE(os.fstat(fd).st_mode)
+    if found & ~mode:
+        os.fchmod(fd, found & mode)
 
 
 def _set_owner(fd: int, metadata: Metadata) -> None:

@@ -11,8 +11,9 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from typing import Any
 
-from pdiffcopy.blocks import FileInfo
+from pdiffcopy.blocks import DEFAULT_MODE
 from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, UsageError, translating
 from pdiffcopy.files.kernel import PSEUDO, get_file_system
 from pdiffcopy.files.room import get_room
@@ -31,6 +32,10 @@ class Namespace:
         """
         self.devices = devices
 
+    def may_be_link(self, filename: str) -> bool:
+        """Whether the last part of a name is followed if it's a symbolic link."""
+        return True
+
     def open(self, filename: str, flags: int, mode: int = 0) -> int:
         """Open a file like :func:`os.open` does."""
         return os.open(filename, flags, mode)
@@ -41,6 +46,30 @@ class Namespace:
 
 
 MACHINE = Namespace()
+
+
+class Folder(Namespace):
+    """The files of one folder (a context manager). It stays open, so it doesn't matter what becomes of its name."""
+
+    def __init__(self, name: str, namespace: Namespace):
+        """
+        Open a folder.
+
+        :param name: Its name.
+        :param namespace: What that means.
+        """
+        super().__init__(namespace.devices)
+        self.fd = namespace.open(name, _FOLDER)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        os.close(self.fd)
+
+    def open(self, filename: str, flags: int, mode: int = 0) -> int:
+        """Open a file of the folder, of whose name only the last part counts. No link is followed."""
+        return os.open(os.path.basename(filename), flags | os.O_NOFOLLOW, mode, dir_fd=self.fd)
 
 
 def reopen(path: int, flags: int) -> int:
@@ -79,7 +108,7 @@ def sync_folder(filename: str, namespace: Namespace) -> None:
             os.close(fd)
 
 
-def create_file(filename: str, namespace: Namespace, mode: int = FileInfo.mode) -> None:
+def create_file(filename: str, namespace: Namespace, mode: int = DEFAULT_MODE) -> None:
     """
     Create a file, and the folders that lead to it, unless it exists.
 
@@ -87,12 +116,28 @@ def create_file(filename: str, namespace: Namespace, mode: int = FileInfo.mode) 
     :raises: :exc:`.FileError` when that isn't possible, or makes no sense.
     """
     with translating("create", filename):
-        _check_place(filename, namespace)
-        _make_folders(os.path.dirname(filename) or ".", namespace)
+        make_place(filename, namespace)
         with suppress(FileExistsError):
             # The run that creates it is going to write to it, whether the source may be written to or not.
             mode |= stat.S_IRUSR | stat.S_IWUSR
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+
+
+def create_folder(filename: str, namespace: Namespace) -> None:
+    """
+    Create a folder, and the folders that lead to it, unless it exists.
+
+    :raises: :exc:`.FileError` when that isn't possible, or makes no sense.
+    """
+    with translating("create", filename):
+        _check_place(filename, namespace)
+        _make_folders(filename, namespace)
+
+
+def make_place(filename: str, namespace: Namespace) -> None:
+    """Make the folders that lead to a file, unless one there makes no sense (:exc:`.FileError`)."""
+    _check_place(filename, namespace)
+    _make_folders(os.path.dirname(filename) or ".", namespace)
 
 
 def _open_nearest(filename: str, namespace: Namespace) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo
+from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, cut, intersect, subtract
 from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     AbsentError,
@@ -26,9 +26,9 @@ from pdiffcopy.exceptions import (
     translating,
 )
 from pdiffcopy.files import kernel
-from pdiffcopy.files.buffers import CHUNK_SIZE, borrow_buffer
+from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.claims import Claims
-from pdiffcopy.files.holes import find_holes, get_grain
+from pdiffcopy.files.holes import find_extents, find_holes, get_grain
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
@@ -153,6 +153,11 @@ class OpenFile:
             if not self.is_device:
                 yield from find_holes(self.fd, start, stop, grain)
 
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """Find what isn't in a hole, in a part of the file."""
+        with translating("find the holes of", self.filename):
+            yield from [Extent(start, stop - start)] if self.is_device else find_extents(self.fd, start, stop)
+
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
         done = 0
@@ -171,25 +176,38 @@ class OpenFile:
                 for extent in extents:
                     kernel.write_back(self.fd, *extent)
 
-    def chunks(self, extents: Sequence[Extent]) -> Iterator[memoryview]:
+    def chunks(self, extents: Sequence[Extent], holes: Sequence[Extent] = ()) -> Iterator[memoryview]:
         """
         Read extents.
 
+        :param holes: What is known to lie in holes, in ascending order: it isn't read.
         :returns: A generator of memory views, each of which is valid until the next one is asked for.
         :raises: :exc:`.FileError` when the file ends before an extent does, :exc:`.AbsentError` when nobody waits any
                  more (see :attr:`is_awaited`).
         """
-        ahead, done = ReadAhead(self.fd, extents), 0
+        ahead, done = ReadAhead(self.fd, subtract(extents, holes) if holes else extents), 0
         with borrow_buffer() as buffer:
-            for offset, size in extents:
-                for position in range(offset, offset + size, CHUNK_SIZE):
-                    if self.is_awaited and not self.is_awaited():
-                        raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
-                    ahead.advance(done)
-                    view = buffer[: min(CHUNK_SIZE, offset + size - position)]
-                    self._fill(view, position)
-                    done += len(view)
-                    yield view
+            for chunk in cut(extents, CHUNK_SIZE):
+                if self.is_awaited and not self.is_awaited():
+                    raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
+                ahead.advance(done)
+                view = buffer[: chunk.size]
+                if holes:
+                    done += self._fill_around(view, chunk.offset, holes)
+                else:
+                    self._fill(view, chunk.offset)
+                    done += chunk.size
+                yield view
+
+    def _fill_around(self, view: memoryview, offset: int, holes: Sequence[Extent]) -> int:
+        """Fill a buffer from an offset, and tell how many bytes of it were read: in holes there are zeros."""
+        chunk, count = Extent(offset, len(view)), 0
+        for start, size in intersect(chunk, holes):
+            view[start - offset : start - offset + size] = ZEROED[:size]
+        for start, size in subtract([chunk], holes):
+            self._fill(view[start - offset : start - offset + size], start)
+            count += size
+        return count
 
     def _fill(self, view: memoryview, offset: int) -> None:
         if self.read_into(view, offset) < len(view):

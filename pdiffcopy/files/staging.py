@@ -9,6 +9,8 @@ copied. The invariants:
 2. A new version that was begun by anybody else than us or the owner of the old one isn't trusted: it is removed.
 3. A copy of the old version that wasn't finished is shorter than that, and goes on where it ends.
 4. Whoever changes the old version meanwhile forbids that it is replaced.
+5. Nobody can open the new version who can't open the old one (or, where there is none, the source).
+6. What is found and what is changed lies in one folder, which is opened once. No link is followed there.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from pdiffcopy.blocks import Extent, cut, subtract
+from pdiffcopy.blocks import MAX_MODE, Extent, cut
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import AbsentError, DiskFullError, FileError, FileForbiddenError, ReplacedError, translating
 from pdiffcopy.files import kernel
+from pdiffcopy.files.attributes import read_attributes, set_attributes
 from pdiffcopy.files.buffers import CHUNK_SIZE
-from pdiffcopy.files.claims import RUN_ATTRIBUTE
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.files.names import Namespace, create_file
+from pdiffcopy.files.metadata import OWNER_ONLY, limit
+from pdiffcopy.files.names import Folder, Namespace, make_place
 from pdiffcopy.files.room import get_room
 
 _SUFFIX = ".pdiffcopy"
@@ -36,22 +40,19 @@ _MAX_NAME = 255
 """The longest name of a file in bytes (``NAME_MAX`` in linux/limits.h)."""
 _MAX_LINKS = 40
 """How many symbolic links a path may lead through (as in the kernel, path_resolution(7))."""
-_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _STEP = 16 * 1024 * 1024
 """How much is copied at a time, in bytes."""
-_WINDOW = 1024**3
-"""In how large a part of a file holes are looked for at a time, in bytes."""
 _NO_COPYING = frozenset([errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM])
 """How copy_file_range(2) is refused where it can't be used."""
 
 
 def follow_links(filename: str, namespace: Namespace) -> str:
     """Find the name of what an absolute name leads to, if its last part is a symbolic link."""
-    for _ in range(_MAX_LINKS):
+    for _ in range(_MAX_LINKS if namespace.may_be_link(filename) else 1):
         folder, name = os.path.split(filename)
         try:
-            with _opened(folder, namespace) as fd:
-                filename = os.path.join(folder, os.readlink(name, dir_fd=fd))
+            with Folder(folder or "/", namespace) as opened:
+                filename = os.path.join(folder, os.readlink(name, dir_fd=opened.fd))
         except OSError as e:
             if e.errno in (errno.EINVAL, errno.ENOENT):  # it is no link, or isn't there
                 return filename
@@ -59,13 +60,10 @@ def follow_links(filename: str, namespace: Namespace) -> str:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
-@contextmanager
-def _opened(folder: str, namespace: Namespace) -> Iterator[int]:
-    fd = namespace.open(folder or "/", _FOLDER)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def is_new_version(filename: str) -> bool:
+    """Whether a file has the name of a new version."""
+    name = os.path.basename(filename)
+    return name.startswith(".") and name.endswith(_SUFFIX)
 
 
 def _name_beside(name: str) -> str:
@@ -78,57 +76,111 @@ def _name_beside(name: str) -> str:
 
 
 class NewVersion:
-    """The new version of a file."""
+    """The new version of a file (a context manager)."""
 
-    def __init__(self, filename: str, namespace: Namespace):
+    def __init__(self, filename: str, namespace: Namespace, begins: bool = False):
         """
         Find its place.
 
         :param filename: The absolute name of the file. What a symbolic link leads to is replaced, and not the link.
         :param namespace: What the name means.
+        :param begins: Whether the folders that lead to it are made where they are missing.
         """
-        self.namespace = namespace
         with translating("find", filename):
             self.old = follow_links(filename, namespace)
-        self.folder, self.base = os.path.split(self.old)
+        folder, self.base = os.path.split(self.old)
         self.name = _name_beside(self.base)
-        self.filename = os.path.join(self.folder, self.name)
+        self.filename = os.path.join(folder, self.name)
+        with translating("create" if begins else "find", self.old):
+            if self.base in ("", ".", ".."):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if begins:
+                make_place(self.old, namespace)
+            self.folder = Folder(folder or "/", namespace)
 
-    def open(self, mode: int, old: LocalFile | None) -> LocalFile:
+    def __enter__(self) -> NewVersion:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        os.close(self.folder.fd)
+
+    def open_old(self, file_id: str) -> LocalFile:
         """
-        Open it, and create it first where there is none.
+        Open the old version, which has to be a certain file.
+
+        :raises: :exc:`.FileForbiddenError` where it can't be replaced, or those who do that couldn't write to it.
+        """
+        old = LocalFile(self.old, namespace=self.folder, file_id=file_id)
+        with translating("examine", self.old):
+            status = os.fstat(old.fd)
+            is_writable = os.access(f"/proc/self/fd/{old.fd}", os.W_OK, effective_ids=True)
+            if old.is_device:
+                reason = "it is a block device"
+            elif _find_mount(old.fd) != _find_mount(self.folder.fd):
+                reason = "it is mounted there, and only itself can be written to"
+            # Its owner could make it writable.
+            elif not is_writable and (status.st_uid != os.geteuid() or status.st_mode & stat.S_IWUSR):
+                reason = "it may not be written to"
+            else:
+                return old
+        old.close()
+        text = "Can't replace {filename} by a new version: {reason}"
+        raise FileForbiddenError(text, filename=self.old, reason=reason)
+
+    @contextmanager
+    def begun(self, mode: int, old: LocalFile | None) -> Iterator[LocalFile]:
+        """
+        Open it, and create it first where there is none. When it's of no use in the end, it's removed.
 
         :param mode: Whom it's for at most while there is no old version (permission bits).
         """
+        with self._open(mode, old) as new:
+            try:
+                yield new
+            except FileError:
+                if not new.size():
+                    with suppress(OSError):
+                        self._remove()
+                raise
+
+    def _open(self, mode: int, old: LocalFile | None) -> LocalFile:
         owners = {os.geteuid()} | ({os.fstat(old.fd).st_uid} if old else set())
+        most = OWNER_ONLY | MAX_MODE & (os.fstat(old.fd).st_mode if old else mode)
         with translating("create", self.filename):
             self._remove_foreign(owners)
-        # Nobody else reads it before it has the mode of the old version.
-        create_file(self.filename, self.namespace, 0o600 if old else mode)
-        new = LocalFile(self.filename, write=True, namespace=self.namespace)
+            made = self._create(OWNER_ONLY if old else most)
+        new = LocalFile(self.filename, write=True, namespace=self.folder)
         with translating("open", self.filename):
-            if identify(os.fstat(new.fd)) == self._find(owners):
+            status = os.fstat(new.fd)
+            if identify(status) == made:
                 return new
-            new.close()
+            if _is_ours(status, owners):
+                limit(new.fd, most)
+                if not old:
+                    set_attributes(new.fd, {})
+                return new
+        new.close()
         text = "Can't use {filename}: somebody else has exchanged it"
         raise FileForbiddenError(text, filename=self.filename)
 
-    def _find(self, owners: set[int]) -> str:
-        """Identify what lies in its place, if that can only be from us (otherwise the answer is empty)."""
-        with _opened(self.folder, self.namespace) as folder:
-            status = os.stat(self.name, dir_fd=folder, follow_symlinks=False)
-        is_ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid in owners
-        return identify(status) if is_ours else ""
-
     def _remove_foreign(self, owners: set[int]) -> None:
         with suppress(FileNotFoundError):
-            if not self._find(owners):
-                self.remove()
+            if not _is_ours(os.stat(self.name, dir_fd=self.folder.fd, follow_symlinks=False), owners):
+                self._remove()
 
-    def remove(self) -> None:
-        """Remove it."""
-        with _opened(self.folder, self.namespace) as folder:
-            os.unlink(self.name, dir_fd=folder)
+    def _create(self, mode: int) -> str:
+        """Create it, and identify what was created (the answer is empty when there's something already)."""
+        try:
+            fd = self.folder.open(self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        except FileExistsError:
+            return ""
+        try:
+            return identify(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def _remove(self) -> None:
+        os.unlink(self.name, dir_fd=self.folder.fd)
 
     # How it begins {{{1
 
@@ -155,29 +207,24 @@ class NewVersion:
                 _copy(old, new, run)
             with translating("set the time of", self.filename):
                 os.utime(new.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
-        return shares
+        # A clone has what is on the disk, whatever of the old version is in memory.
+        return shares and not old.claims.is_doubtful()
 
     def _adopt(self, old: LocalFile, new: LocalFile) -> None:
-        """Take over owner, mode and attributes."""
+        """Take over owner, attributes and mode. Until then nobody else can open it who may not open the old version."""
         status, ours = os.fstat(old.fd), os.fstat(new.fd)
         with translating("give the owner of the old version to", self.filename):
             if (status.st_uid, status.st_gid) != (ours.st_uid, ours.st_gid):
                 os.fchown(new.fd, status.st_uid, status.st_gid)
         with translating("set the attributes of", self.filename):
-            wanted = _list_attributes(old.fd)
-            for name in _list_attributes(new.fd) - wanted:
-                os.removexattr(new.fd, name)
-            for name in wanted:
-                _copy_attribute(old.fd, new.fd, name)
+            set_attributes(new.fd, read_attributes(old.fd))
             # The run has to be able to open it.
-            os.fchmod(new.fd, stat.S_IMODE(status.st_mode) | stat.S_IRUSR | stat.S_IWUSR)
+            os.fchmod(new.fd, status.st_mode & MAX_MODE | OWNER_ONLY)
 
     def _check_room(self, old: LocalFile, new: LocalFile, takes: int) -> None:
         room = get_room(new.fd)
         missing = max(old.info().allocated, takes) - new.info().allocated
         if room is not None and missing > room:
-            if not new.size():
-                self.remove()
             text = "A new version of {filename} takes {missing} bytes, and its file system has {room} left"
             raise DiskFullError(text, filename=old.filename, missing=missing, room=room)
 
@@ -195,19 +242,17 @@ class NewVersion:
         :param run: The run that has claimed the new version (an empty string: it couldn't).
         :raises: :exc:`.ReplacedError` when there's another old version by now.
         """
-        with translating("replace", self.old):
-            try:
-                new = LocalFile(self.filename, write=True, namespace=self.namespace, file_id=new_id)
-            except FileError:
-                if self._is_done(new_id):
-                    return
-                raise
-            with new:
-                with self._holding_old(old_id, old_ctime_ns), new.claims.ending(run):
-                    self._rename(replace=bool(old_id))
+        try:
+            new = LocalFile(self.filename, write=True, namespace=self.folder, file_id=new_id)
+        except (FileError, ReplacedError):
+            if self._is_done(new_id):
+                return
+            raise
+        with new, self._holding_old(old_id, old_ctime_ns), new.claims.ending(run), translating("replace", self.old):
+            kernel.rename(self.folder.fd, self.name, self.base, replace=bool(old_id))
 
     def _is_done(self, new_id: str) -> bool:
-        with suppress(FileError, ReplacedError), LocalFile(self.old, namespace=self.namespace, file_id=new_id):
+        with suppress(FileError, ReplacedError), LocalFile(self.old, namespace=self.folder, file_id=new_id):
             return True
         return False
 
@@ -217,42 +262,36 @@ class NewVersion:
         if not old_id:
             yield
             return
-        with LocalFile(self.old, namespace=self.namespace, file_id=old_id) as old, old.claims.alone():
+        with self.open_old(old_id) as old, old.claims.alone():
             if os.fstat(old.fd).st_ctime_ns != ctime_ns:
                 text = "{filename} was changed while its new version was made: run again"
                 raise ReplacedError(text, filename=self.old)
             yield
 
-    def _rename(self, replace: bool) -> None:
-        with _opened(self.folder, self.namespace) as folder:
-            kernel.rename(folder, self.name, self.base, replace)
+
+def _find_mount(fd: int) -> str:
+    """Which mount is an open file in (proc_pid_fdinfo(5))?"""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        return next((line for line in lines if line.startswith("mnt_id:")), "")
 
 
-def _list_attributes(fd: int) -> set[str]:
-    try:
-        return set(os.listxattr(fd)) - {RUN_ATTRIBUTE}
-    except OSError:  # the file system has none
-        return set()
+def _is_ours(status: os.stat_result, owners: set[int]) -> bool:
+    """Whether what lies in its place can only be from us, and can be gone on with."""
+    is_usable = stat.S_ISREG(status.st_mode) and status.st_mode & OWNER_ONLY == OWNER_ONLY
+    return is_usable and status.st_nlink == 1 and status.st_uid in owners
 
 
-def _copy_attribute(old: int, new: int, name: str) -> None:
-    try:
-        os.setxattr(new, name, os.getxattr(old, name))
-    except OSError:
-        # What only the kernel or root may set says nothing about who may read the file, other than an ACL.
-        if not name.startswith(("security.", "trusted.")):
-            raise
+# Copying {{{1
 
 
 def _copy(old: LocalFile, new: LocalFile, run: str) -> None:
     """Copy what a new version doesn't have yet, with its holes."""
     start, stop = new.size(), old.size()
-    for window in cut([Extent(start, stop - start)], _WINDOW):
-        for part in cut(subtract([window], list(old.holes(window.offset, sum(window)))), _STEP):
-            if new.is_awaited and not new.is_awaited():
-                raise AbsentError("Nobody waits for {filename} any more", filename=new.filename)
-            with new.claims.writing(run), translating("copy", old.filename):
-                _copy_part(old, new, part)
+    for part in cut(old.extents(start, stop), _STEP):
+        if new.is_awaited and not new.is_awaited():
+            raise AbsentError("Nobody waits for {filename} any more", filename=new.filename)
+        with new.claims.writing(run), translating("copy", old.filename):
+            _copy_part(old, new, part)
     with new.claims.writing(run):
         new.resize(stop)
 

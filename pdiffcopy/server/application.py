@@ -10,29 +10,42 @@ by constants, not by its wishes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 import flask
 from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 
-from pdiffcopy import answers, protocol
-from pdiffcopy.blocks import SET_ID_BITS, BlockDigest, Hole
+from pdiffcopy import answers, bundles, protocol, streams
+from pdiffcopy.blocks import SET_ID_BITS
 from pdiffcopy.cores import count_cores
 from pdiffcopy.digests import compute_digest
-from pdiffcopy.exceptions import AbsentError, AuthenticationError, ForbiddenError, ProgramError
-from pdiffcopy.files.confinement import Root
+from pdiffcopy.entries import Entry
+from pdiffcopy.exceptions import (
+    AbsentError,
+    AuthenticationError,
+    DamagedError,
+    ForbiddenError,
+    ProgramError,
+    RequestError,
+    TooLargeError,
+)
+from pdiffcopy.files.confinement import Root, contain
 from pdiffcopy.files.names import Namespace
 from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
-from pdiffcopy.request import Request
+from pdiffcopy.request import Headers, Request
+from pdiffcopy.server.accesslog import log_access
 from pdiffcopy.server.admission import NOTED, Gate
 from pdiffcopy.server.body import read_body, send_chunks, watch_client
 from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_query
@@ -42,6 +55,10 @@ logger = logging.getLogger(__name__)
 _HASHERS = Hashers(count_cores(), Budget(16 * STRIPE_BLOCKS * count_cores()))
 """The threads that hash for all clients of a process. What may wait is enough for four clients at full speed, some
 20 MiB a core."""
+_ENTRIES = 256
+"""How many entries of a list are sent at a time."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,9 @@ def create_app(settings: Settings, gate: Gate | None = None) -> Flask:
     return application
 
 
+_PARTS = {(kind.verb, kind.endpoint): kind for kind in bundles.COMBINABLE}
+
+
 class _Views:
     """What the endpoints do."""
 
@@ -98,35 +118,83 @@ class _Views:
         check_query(request.query_string, request.headers.get(REQUEST_HEADER, ""))
 
     def handle(self, kind: type[Request]) -> Any:
+        """Answer the request that has come."""
+        return self._answer(kind, flask.request.query_string, flask.request.headers)
+
+    def _answer(self, kind: type[Request], query: bytes, headers: Headers) -> Any:
         """Decode a request, and pass it to the view that is named like the method of the replica."""
         if kind.writes and self.settings.read_only:
             raise ForbiddenError("This server is read-only")
-        request = kind.decode(flask.request.query_string, flask.request.headers)
-        replica = LocalReplica(request.filename, self.namespace, _HASHERS, watch_client(flask.request.environ))
+        request = kind.decode(query, headers)
+        namespace = contain(self.namespace, request.within)
+        replica = LocalReplica(request.filename, namespace, _HASHERS, watch_client(flask.request.environ))
         replica.file_id, replica.flush = request.file_id, getattr(request, "flush", False)
         return getattr(self, kind.action)(request, replica)
+
+    def many(self, request: protocol.ManyRequest, replica: LocalReplica) -> Any:
+        """``POST /many``"""
+        length = flask.request.content_length or 0
+        if length > bundles.MAX_BUNDLE:
+            raise TooLargeError("The body may have {most} bytes at most", most=bundles.MAX_BUNDLE)
+        body = b"".join(map(bytes, read_body(flask.request.environ, length)))
+        if request.digest and request.digest != compute_digest(body):
+            raise DamagedError("The request was damaged on its way")
+        parts = [self._answer_part(*part) for part in bundles.decode_requests(body)]
+        return Response(bundles.encode_answers(parts), mimetype="application/json")
+
+    def _answer_part(self, verb: str, endpoint: str, query: bytes) -> tuple[int, bytes]:
+        """Answer one request of several, as if it had come alone."""
+        started = time.monotonic()
+        try:
+            kind = _PARTS.get((verb, endpoint))
+            if not kind:
+                raise RequestError("{verb} {endpoint} can't be one of several", verb=verb, endpoint=endpoint)
+            response = flask.make_response(self._answer(kind, query, {}))
+            document = b""
+            with closing(response):
+                for chunk in response.iter_encoded():
+                    document += chunk
+                    if len(document) > bundles.MAX_PART:
+                        raise TooLargeError("The answer is too long to be one of several")
+        except Exception as e:
+            response = _handle_error(e)
+            document = response.get_data()
+        environ = {"REQUEST_METHOD": verb, "PATH_INFO": f"/{endpoint}", "QUERY_STRING": query.decode("ascii")}
+        duration = timedelta(seconds=time.monotonic() - started)
+        log_access({**flask.request.environ, **environ}, response.status_code, 0, duration)
+        return response.status_code, document
 
     def info(self, request: protocol.InfoRequest, replica: LocalReplica) -> Any:
         """``GET /info``"""
         info, peer = replica.info(request.run)
-        document = answers.encode_info(info, replace(peer, writable=not self.settings.read_only))
+        document = answers.encode_info(info, peer._replace(writable=not self.settings.read_only))
         if not info.exists:
             return _problem(404, f"No such file: {request.filename}", document)
         return document
+
+    def entries(self, request: protocol.ListRequest, replica: LocalReplica) -> Response:
+        """``GET /list``"""
+        entries = replica.entries(request.depth)
+        first = next(entries)  # what can't be looked at at all is refused before the status is sent
+        response = Response(_report(_collect(chain([first], entries))), mimetype="text/plain")
+        response.call_on_close(entries.close)
+        return response
 
     def hashes(self, request: protocol.HashesRequest, replica: LocalReplica) -> Response:
         """``GET /hashes``"""
         stripes = replica.hashes(
             request.block_size, request.method, request.concurrency, request.offset, grain=request.grain
         )
-        lines = _report_hashes(stripes) if request.checks else map(answers.format_hashes, stripes)
-        response = Response(lines, mimetype="text/plain")
+        lines = map(streams.format_hashes, stripes)
+        body = _report(map(streams.add_check, lines)) if request.checks else lines
+        response = Response(body, mimetype="text/plain")
         response.call_on_close(stripes.close)
         return response
 
     def holes(self, request: protocol.HolesRequest, replica: LocalReplica) -> Any:
         """``GET /holes``"""
-        return answers.encode_holes(replica.holes(request.offset, request.stop, request.grain), request.stop)
+        holes = replica.holes(request.offset, request.stop, grain=1)
+        return answers.encode_holes(holes, request.stop, request.grain)
 
     def clear(self, request: protocol.ClearRequest, replica: LocalReplica) -> Any:
         """``POST /zeros``"""
@@ -174,7 +242,7 @@ class _Views:
 
     def metadata(self, request: protocol.MetadataRequest, replica: LocalReplica) -> Any:
         """``GET /metadata``"""
-        return vars(replica.metadata())
+        return replica.metadata()._asdict()
 
     def set_metadata(self, request: protocol.SetMetadataRequest, replica: LocalReplica) -> Any:
         """``POST /metadata``"""
@@ -182,6 +250,11 @@ class _Views:
         if (metadata.mode or 0) & SET_ID_BITS and not self.settings.allow_set_id:
             raise ForbiddenError("This server sets no set-id bits (unless it is started with --allow-set-id)")
         replica.set_metadata(metadata, request.run, request.in_advance)
+        return {}
+
+    def make_folder(self, request: protocol.MakeFolderRequest, replica: LocalReplica) -> Any:
+        """``POST /folder``"""
+        replica.make_folder()
         return {}
 
     def stage(self, request: protocol.StageRequest, replica: LocalReplica) -> Response:
@@ -193,7 +266,7 @@ class _Views:
             staged = replica.stage(request.run, request.mode, request.takes)
             return answers.encode_staged(staged.filename, staged.claimed, staged.shares, staged.info)
 
-        return Response(_report_work(work), mimetype="text/plain")
+        return Response(_report(_do(work)), mimetype="text/plain")
 
     def commit(self, request: protocol.CommitRequest, replica: LocalReplica) -> Any:
         """``POST /commit``"""
@@ -202,34 +275,40 @@ class _Views:
     def sync(self, request: protocol.SyncRequest, replica: LocalReplica) -> Response:
         """``POST /sync``"""
         replica.check()
-        return Response(_report_work(partial(replica.sync, request.run)), mimetype="text/plain")
+        return Response(_report(_do(partial(replica.sync, request.run))), mimetype="text/plain")
 
 
-def _report_hashes(stripes: Iterable[list[BlockDigest | Hole]]) -> Iterator[bytes]:
-    """Send hashes with checks. The status has been sent before it is known whether all of the file can be read."""
+def _report(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Send the lines of a stream, and how it ended: the status has been sent before that is known."""
     try:
-        yield from map(answers.format_checked, stripes)
-        yield answers.DONE.encode("ascii") + b"\n"
+        yield from lines
+        yield streams.DONE.encode("ascii") + b"\n"
     except AbsentError:
         return
     except ProgramError as e:
         logger.error("%s", e)
-        yield answers.encode_report(e).encode("ascii")
+        yield streams.encode_report(e).encode("ascii")
 
 
-def _report_work(work: Callable[[], str | None]) -> Iterator[str]:
-    """Do what takes long in the background. The status has been sent before it is known how that ends."""
+def _collect(entries: Iterator[Entry]) -> Iterator[bytes]:
+    """Make the lines of a list, some entries at a time."""
     with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(work)
-        while not wait([future], HEARTBEAT).done:
-            yield "\n"
-        error = future.exception()
-    if isinstance(error, ProgramError):
-        yield answers.encode_report(error)
-    elif error:
-        raise error
-    else:
-        yield f"{future.result() or ''}\n{answers.DONE}\n"
+        while found := (yield from _await(executor.submit(lambda: list(islice(entries, _ENTRIES))))):
+            yield streams.add_check(streams.format_entries(found))
+
+
+def _do(work: Callable[[], str | None]) -> Iterator[bytes]:
+    """Do what takes long, and make a line of what comes of it."""
+    with ThreadPoolExecutor(1) as executor:
+        result = yield from _await(executor.submit(work))
+        yield f"{result or ''}\n".encode("ascii")
+
+
+def _await(future: Future[T]) -> Generator[bytes, None, T]:
+    """Wait for what is done in the background. Until then empty lines keep the connection alive."""
+    while not wait([future], HEARTBEAT).done:
+        yield b"\n"
+    return future.result()
 
 
 def _problem(status: int, detail: str, members: dict[str, Any] | None = None) -> Response:

@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 
 from pdiffcopy.client import Client, Location, Network, get_hashes_fn, transfer_block_fn
+from pdiffcopy.client.job import Job
 from pdiffcopy.client.plan import Verification
-from pdiffcopy.client.run import Run
 from pdiffcopy.exceptions import (
     FileError,
     FileMissingError,
@@ -308,7 +308,7 @@ def test_holes_are_read_as_zeros(server, tmp_path, direction):
 @pytest.mark.parametrize("concurrency", [1, 2, 7])
 def test_concurrency_does_not_change_the_outcome(server, tmp_path, direction, concurrency):
     """Any number of processes does the same work."""
-    data = write_pattern(tmp_path / "source", 20 * BLOCK + 1)
+    data = write_pattern(tmp_path / "source", 200 * BLOCK + 1)
     (tmp_path / "target").write_bytes(_older_copy(data))
     locations = place(server, direction, tmp_path / "source", tmp_path / "target")
     assert Client(**locations, block_size=BLOCK, concurrency=concurrency).synchronize_once() == 3
@@ -552,15 +552,14 @@ def test_both_locations_are_needed(tmp_path):
         Client(target=str(tmp_path / "x")).synchronize()
 
 
-def test_folders_are_refused_on_both_sides(server, tmp_path, direction):
-    """A folder is neither a source nor a target."""
+def test_folders_are_no_files(server, tmp_path, direction):
+    """A folder is no source, unless that's wanted, and a target in which a file gets its place."""
     (tmp_path / "folder").mkdir()
     write_pattern(tmp_path / "file", 100)
-    with pytest.raises((FileError, ForbiddenError), match="regular file"):
+    with pytest.raises(UsageError, match="folder is a folder: add -r"):
         Client(**place(server, direction, tmp_path / "folder", tmp_path / "file")).synchronize()
-    with pytest.raises((FileError, ForbiddenError), match="regular file"):
-        Client(**place(server, direction, tmp_path / "file", tmp_path / "folder")).synchronize()
-    assert (tmp_path / "file").read_bytes() == make_data(100)
+    Client(**place(server, direction, tmp_path / "file", tmp_path / "folder")).synchronize()
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "folder" / "file").read_bytes() == make_data(100)
 
 
 def test_read_only_server_takes_no_uploads_but_dry_runs(launch, tmp_path):
@@ -594,13 +593,13 @@ def after_the_first_look(monkeypatch):
     """A function that makes something happen between the moment when a run has looked at the files and the transfer."""
 
     def prepare(happen):
-        original = Run._look
+        original = Job.look
 
         def look(self, writes):
             original(self, writes)
             happen()
 
-        monkeypatch.setattr(Run, "_look", look)
+        monkeypatch.setattr(Job, "look", look)
 
     return prepare
 

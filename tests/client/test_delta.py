@@ -9,10 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdiffcopy.blocks import Block, BlockDigest, Extent, Hole, block_length, count_blocks, halve, intersect, subtract
+from pdiffcopy.blocks import (
+    MAX_OFFSET,
+    Block,
+    BlockDigest,
+    Extent,
+    Hole,
+    align,
+    block_length,
+    count_blocks,
+    find_layout,
+    halve,
+    intersect,
+    subtract,
+)
 from pdiffcopy.client import delta
-from pdiffcopy.client.delta import Comparison, Sparse, make_batches
-from pdiffcopy.digests import digest_blockwise, new_hasher
+from pdiffcopy.client.delta import MAX_PARTS, Comparison, Sparse, make_batches
+from pdiffcopy.digests import digest_blockwise, digest_layout, new_hasher
 from pdiffcopy.exceptions import ProtocolError
 
 BLOCK = 10
@@ -70,6 +83,7 @@ def test_extents_meet_and_are_left():
     assert list(intersect(Extent(10, 10), extents)) == []
     assert list(intersect(Extent(60, 10), extents)) == []
     assert list(subtract(extents, [])) == extents
+    assert list(subtract(extents, [Extent(5, 20)])) == [Extent(0, 5), Extent(25, 5), Extent(40, 10)]
     assert list(subtract(extents, [Extent(0, 3), Extent(5, 5), Extent(20, 10), Extent(41, 2)])) == [
         Extent(3, 2), Extent(40, 1), Extent(43, 7)
     ]  # fmt: skip
@@ -230,6 +244,32 @@ def test_what_becomes_of_holes_and_zeros(sparse, expected):
         assert " ".join(found) == outcomes, source
 
 
+def test_holes_of_blocks_that_are_no_whole_grains():
+    """A block that is zeros, but for its whole grains, is as much of a hole as it can be."""
+    size, block_size, grain = 30_000, 10_000, 4096
+    zeros = new_hasher(bytes(block_size)).hexdigest()
+    layouts = {text: digest_layout(text) for text in ("", "2288:6384", "2288:10384")}
+    source, outcomes = [Hole(0, size)], []
+    for layout in layouts.values():
+        target = [Hole(0, 10_000), BlockDigest(10_000, f"{zeros}.{layout}".rstrip(".")), Hole(20_000, 10_000)]
+        comparison = Comparison(size, block_size, Sparse.AUTO, new_hasher, grain)
+        outcomes.append([block.changed for block in comparison.compare(source, target)])
+    assert outcomes == [[False, True, False], [False, False, False], [False, True, False]]
+    assert find_layout(Extent(10_000, 10_000), source, block_size, grain) == "2288:6384"
+
+
+@pytest.mark.parametrize("kind", ["--", "-0"])
+def test_zeros_of_any_size_are_told_in_a_moment(kind):
+    """In parts for many workers, but not in too many."""
+    size = MAX_OFFSET
+    target = [Hole(0, size)] if kind == "--" else []
+    blocks = list(Comparison(size, BLOCK, Sparse.NEVER, new_hasher).compare([Hole(0, size)], target))
+    assert sum(block.size for block in blocks) == size
+    assert sum(block.blocks for block in blocks) == -(-size // BLOCK)
+    assert all(block.changed and block.fill == "zeros" for block in blocks)
+    assert 1000 < len(blocks) <= 2 * MAX_PARTS
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_runs_are_compared_like_their_blocks(seed):
     """However long the holes of both sides are, the outcome is that of comparing block by block."""
@@ -270,6 +310,17 @@ def test_impossible_holes(item):
     with pytest.raises(ProtocolError, match="impossible"):
         list(delta.in_order([item], 0, 35, BLOCK))
     assert list(delta.in_order([Hole(0, 20), Hole(20, 15)], 0, 35, BLOCK)) == [Hole(0, 20), Hole(20, 15)]
+
+
+@pytest.mark.parametrize(
+    ("extent", "unit", "stop", "expected"),
+    [((0, 10), 5, None, (0, 10)), ((1, 8), 5, None, None), ((1, 9), 5, None, (5, 5)), ((1, 13), 5, None, (5, 5)),
+     ((1, 13), 5, 14, (5, 9)), ((11, 3), 5, 14, None), ((MAX_OFFSET - 7, 7), 4, MAX_OFFSET, (MAX_OFFSET - 7, 7)),
+     ((MAX_OFFSET - 7, 7), 4, None, (MAX_OFFSET - 7, 4))],
+)  # fmt: skip
+def test_whole_units(extent, unit, stop, expected):
+    """The last one may end early."""
+    assert align(Extent(*extent), unit, stop) == expected
 
 
 def test_batches_of_holes():

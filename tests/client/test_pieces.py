@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 
@@ -70,7 +69,7 @@ def test_batch_moves_as_it_is_where_nothing_differs_any_more(plan):
 def test_nothing_is_looked_at_where_that_is_not_possible(plan):
     """With an old peer, and with blocks that aren't made of pieces."""
     batch = Batch((Extent(BLOCK, BLOCK),))
-    for other in (replace(plan, piece_size=0), replace(plan, block_size=BLOCK + 1)):
+    for other in (plan._replace(piece_size=0), plan._replace(block_size=BLOCK + 1)):
         assert look(other, batch, eager()) == [batch]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import xxhash
@@ -160,7 +159,7 @@ def test_no_server_is_waited_for_before_local_work_begins(plan, monkeypatch, rem
 def test_whole_file_is_not_compared(plan, tmp_path, sides):
     """Without delta no digest is computed, so the target isn't even read."""
     (tmp_path / "target").unlink()
-    blocks = list(find_blocks(replace(plan, delta=False, target_size=0), sides))
+    blocks = list(find_blocks(plan._replace(delta=False, target_size=0), sides))
     assert len(blocks) == 6
     assert all(block.changed and not block.digest for block in blocks)
 
@@ -168,7 +167,7 @@ def test_whole_file_is_not_compared(plan, tmp_path, sides):
 def test_whole_file_by_hashes_has_the_digests_of_the_source(plan, tmp_path, sides):
     """What is going to be verified by block hashes needs them, though nothing is compared."""
     (tmp_path / "target").unlink()
-    blocks = list(find_blocks(replace(plan, delta=False, **BY_HASHES), sides))
+    blocks = list(find_blocks(plan._replace(delta=False, **BY_HASHES), sides))
     data = make_data(SIZE)
     assert all(block.changed for block in blocks)
     assert [b.digest for b in blocks] == [hashlib.md5(data[o : o + BLOCK]).hexdigest() for o in range(0, SIZE, BLOCK)]
@@ -177,7 +176,7 @@ def test_whole_file_by_hashes_has_the_digests_of_the_source(plan, tmp_path, side
 def test_shorter_target_differs_where_it_ends(plan, tmp_path, sides):
     """A dry run compares with what's there, and takes the rest for different."""
     (tmp_path / "target").write_bytes(make_data(SIZE)[: 2 * BLOCK + 500])
-    blocks = list(find_blocks(replace(plan, target_size=2 * BLOCK + 500), sides))
+    blocks = list(find_blocks(plan._replace(target_size=2 * BLOCK + 500), sides))
     assert [block.offset // BLOCK for block in blocks if block.changed] == [2, 3, 4, 5]
 
 
@@ -198,7 +197,7 @@ def test_neighbors_become_extents(plan, sides):
 
 def test_peer_without_extents_gets_one_at_a_time(plan, sides):
     """A batch for an old peer has a single extent, and the digests that are needed to check it."""
-    batches = list(find(replace(plan, max_extents=1, **BY_HASHES), sides))
+    batches = list(find(plan._replace(max_extents=1, **BY_HASHES), sides))
     assert [batch.extents for batch in batches] == [(Extent(BLOCK, 2 * BLOCK),), (Extent(5 * BLOCK, 10),)]
     assert [[digest.offset for digest in batch.digests] for batch in batches] == [[BLOCK, 2 * BLOCK], [5 * BLOCK]]
     assert sum(batch.blocks_compared for batch in batches) == 6
@@ -221,7 +220,7 @@ def test_batch_without_changes_costs_nothing(plan, tmp_path, sides):
 
 def test_unverified_transfer_claims_nothing(plan, sides):
     """What wasn't checked isn't counted as checked."""
-    plan = replace(plan, **UNVERIFIED)
+    plan = plan._replace(**UNVERIFIED)
     (batch,) = find(plan, sides)
     assert transfer(plan, batch, sides).bytes_verified == 0
     assert read(plan.target) == read(plan.source)
@@ -241,7 +240,7 @@ def smallest(request, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_arrives_wrong_is_transferred_again(plan, source, smallest, kind, sides):
     """A flipped byte is noticed by the digest, or by the block hashes, and doesn't end the run."""
-    plan = replace(plan, **kind)
+    plan = plan._replace(**kind)
     (batch,) = find(plan, sides)
     source.flips = VERIFY_ATTEMPTS - 1
     assert transfer(plan, batch, sides).retries == VERIFY_ATTEMPTS - 1
@@ -251,7 +250,7 @@ def test_what_arrives_wrong_is_transferred_again(plan, source, smallest, kind, s
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_keeps_arriving_wrong_ends_the_run(plan, source, smallest, kind, sides):
     """After a few attempts it's an error of its own kind, which names the place."""
-    plan = replace(plan, **kind)
+    plan = plan._replace(**kind)
     (batch,) = find(plan, sides)
     source.flips = 100
     with pytest.raises(VerificationError, match=f"offset {BLOCK} .* arrived wrong {VERIFY_ATTEMPTS} times"):
@@ -270,7 +269,7 @@ def test_halves_have_attempts_of_their_own(plan, source, monkeypatch, sides):
 
 def test_without_verification_wrong_bytes_go_unnoticed(plan, source, sides):
     """That's what it means to skip it (and shows that the tests above test something)."""
-    plan = replace(plan, **UNVERIFIED)
+    plan = plan._replace(**UNVERIFIED)
     (batch,) = find(plan, sides)
     source.flips = 1
     assert transfer(plan, batch, sides).retries == 0
@@ -279,7 +278,7 @@ def test_without_verification_wrong_bytes_go_unnoticed(plan, source, sides):
 
 def test_blockwise_the_source_states_no_digest(plan, source, sides):
     """After a comparison by XXH128 the source need not read a second time what it sends."""
-    plan = replace(plan, **BLOCKWISE)
+    plan = plan._replace(**BLOCKWISE)
     (batch,) = find(plan, sides)
     assert transfer(plan, batch, sides) == Result(6, 3, SIZE, 2 * BLOCK + 10, 2 * BLOCK + 10, 0)
     assert source.stated == [False]
@@ -289,7 +288,7 @@ def test_blockwise_the_source_states_no_digest(plan, source, sides):
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[2]])
 def test_source_that_contradicts_itself_has_changed(plan, source, kind, sides):
     """What was compared isn't there any more, and that's no damage on the way."""
-    plan = replace(plan, **kind)
+    plan = plan._replace(**kind)
     (batch,) = find(plan, sides)
     with open(plan.source.filename, "r+b") as handle:
         handle.seek(BLOCK)
@@ -309,7 +308,7 @@ def test_source_that_changes_between_its_digest_and_its_data_has_changed(plan, s
             with open(plan.source.filename, "r+b") as handle:
                 handle.seek(BLOCK)
                 handle.write(os.urandom(9))
-            yield reading if source.stated[1:] else replace(reading, chunks=[read(plan.source)[BLOCK : 3 * BLOCK + 10]])
+            yield reading if source.stated[1:] else reading._replace(chunks=[read(plan.source)[BLOCK : 3 * BLOCK + 10]])
 
     monkeypatch.setattr(source, "read", read_and_change)
     with pytest.raises(SourceChangedError, match="its contents"):
@@ -318,7 +317,7 @@ def test_source_that_changes_between_its_digest_and_its_data_has_changed(plan, s
 
 def test_by_hashes_a_wrong_byte_never_reaches_the_target(plan, source, sides):
     """The check comes before the write."""
-    plan = replace(plan, **BY_HASHES)
+    plan = plan._replace(**BY_HASHES)
     (batch,) = find(plan, sides)
     before = read(plan.target)
     source.flips = VERIFY_ATTEMPTS
@@ -329,7 +328,7 @@ def test_by_hashes_a_wrong_byte_never_reaches_the_target(plan, source, sides):
 
 def test_by_hashes_the_target_is_still_checked(plan, monkeypatch, sides):
     """The client states the digest that the old source can't, so what lies in the target is compared too."""
-    plan = replace(plan, **BY_HASHES)
+    plan = plan._replace(**BY_HASHES)
     (batch,) = find(plan, sides)
     stated = []
 
@@ -347,7 +346,7 @@ def test_by_hashes_the_target_is_still_checked(plan, monkeypatch, sides):
 def test_what_breaks_off_is_repeated_in_halves(plan, source, monkeypatch, kind, sides):
     """Something gets done where nothing lasts for long: failures in a row are counted from the last success on."""
     monkeypatch.setattr(pipeline, "SMALLEST_BATCH", BLOCK)
-    plan = replace(plan, **kind)
+    plan = plan._replace(**kind)
     (batch,) = find(plan, sides)
     original, sizes = source.read, []
 
@@ -398,4 +397,4 @@ def test_wrong_block_hash_is_found_at_its_place(plan, source):
     )
     with LocalReplica(plan.source.filename).read(batch.extents, False) as reading:
         with pytest.raises(DigestMismatchError, match=f"offset {BLOCK} "):
-            check_hashes(replace(plan, **BY_HASHES), batch, reading)
+            check_hashes(plan._replace(**BY_HASHES), batch, reading)

@@ -18,6 +18,7 @@ import pytest
 
 from pdiffcopy.client import progress
 from pdiffcopy.client.progress import Bar, Reporter, make_reporter
+from pdiffcopy.processes import make_counter
 
 MIB = 1024 * 1024
 
@@ -46,23 +47,33 @@ def terminal(columns=100):
 
 @pytest.fixture(autouse=True)
 def talkative(caplog, monkeypatch):
-    """The level of messages that a command line without -q has, and a bar that is redrawn often."""
+    """The level of messages that a command line without -q has, and a bar that is drawn soon and often."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress, "INTERVAL", 0.05)
+    monkeypatch.setattr(progress, "DELAY", 0)
+
+
+def test_what_is_over_soon_draws_nothing(monkeypatch):
+    """Nobody waits for it."""
+    monkeypatch.setattr(progress, "DELAY", 60)
+    with terminal() as read:
+        with make_reporter(10 * MIB, 1, "copying") as reporter:
+            reporter.advance(10 * MIB, 0)
+        assert isinstance(reporter, Bar) and not read()
 
 
 def test_quiet_run_draws_nothing(caplog):
     """Users who ask for less than messages get no bar either."""
     caplog.set_level(logging.WARNING)
     with terminal():
-        assert type(make_reporter(1000, "copying")) is Reporter
+        assert type(make_reporter(1000, 1, "copying")) is Reporter
 
 
 def test_bar_shows_what_was_compared_and_moved():
     """The label, the part that was compared, the rate, and the bytes moved; and it's wiped away at the end."""
     threads = threading.active_count()
     with terminal() as read:
-        with make_reporter(10 * MIB, "copying") as reporter:
+        with make_reporter(10 * MIB, 1, "copying") as reporter:
             assert isinstance(reporter, Bar)
             assert "0%" in read()
             reporter.advance(5 * MIB, MIB)
@@ -77,7 +88,7 @@ def test_bar_shows_what_was_compared_and_moved():
 
 def test_bar_is_redrawn_while_nothing_happens():
     """A terminal shows that the program is alive."""
-    with terminal() as read, make_reporter(10 * MIB, "copying"):
+    with terminal() as read, make_reporter(10 * MIB, 1, "copying"):
         read()
         assert read().count("\r") > 2
 
@@ -85,7 +96,7 @@ def test_bar_is_redrawn_while_nothing_happens():
 def test_bar_counts_what_child_processes_tell():
     """The bytes pass there."""
     with terminal() as read:
-        reporter = make_reporter(10 * MIB, "copying")
+        reporter = make_reporter(10 * MIB, 1, "copying", make_counter=make_counter)
         child = os.fork()
         if not child:
             reporter.advance(5 * MIB, MIB)
@@ -98,7 +109,7 @@ def test_bar_counts_what_child_processes_tell():
 
 def test_bar_fits_a_narrow_terminal():
     """40 columns hold all of it, in a run of many hours and with the largest numbers, too."""
-    with terminal(columns=40) as read, make_reporter(1023 * 2**40, "Comparing") as reporter:
+    with terminal(columns=40) as read, make_reporter(1023 * 2**40, 1, "Comparing") as reporter:
         read()
         reporter.advance(1000 * 2**20, 1000 * 2**40)
         lines = [re.sub(r"\x1b\[A|\n", "", line).rstrip() for line in read().split("\r")]
@@ -109,7 +120,7 @@ def test_bar_fits_a_narrow_terminal():
 def test_bar_of_an_empty_file():
     """Nothing to compare is no problem."""
     with terminal() as read:
-        with make_reporter(0, "copying") as reporter:
+        with make_reporter(0, 1, "copying") as reporter:
             reporter.advance(0, 0)
         assert "copying" in read()
 
@@ -119,7 +130,7 @@ def test_odd_environments_do_no_harm(monkeypatch, variables):
     """A bar that can't be drawn is left out."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with terminal(), make_reporter(10, "copying") as reporter:
+    with terminal(), make_reporter(10, 1, "copying") as reporter:
         reporter.advance(10, 10)
 
 
@@ -127,7 +138,7 @@ def test_terminal_that_goes_away_does_no_harm():
     """Nobody sees the bar then, and the run goes on."""
     controller, follower = os.openpty()
     stream = open(follower, "w", encoding="utf-8", buffering=1)
-    with redirect_stderr(stream), make_reporter(10, "copying") as reporter:
+    with redirect_stderr(stream), make_reporter(10, 1, "copying") as reporter:
         os.close(controller)
         reporter.advance(10, 10)
     with suppress(OSError):
@@ -137,7 +148,7 @@ def test_terminal_that_goes_away_does_no_harm():
 def test_bar_is_finished_by_an_error():
     """The line is free for the message when something goes wrong."""
     with terminal() as read:
-        with pytest.raises(KeyError), make_reporter(10, "copying"):
+        with pytest.raises(KeyError), make_reporter(10, 1, "copying"):
             raise KeyError
         assert read().endswith("\r")
 
@@ -145,7 +156,7 @@ def test_bar_is_finished_by_an_error():
 def test_nothing_is_drawn_elsewhere():
     """Without a terminal nothing is written."""
     stream = io.StringIO()
-    with redirect_stderr(stream), make_reporter(100, "copying") as reporter:
+    with redirect_stderr(stream), make_reporter(100, 1, "copying") as reporter:
         assert type(reporter) is Reporter
         reporter.advance(50, 50)
     assert stream.getvalue() == ""

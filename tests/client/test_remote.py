@@ -15,8 +15,8 @@ import pytest
 import xxhash
 
 from pdiffcopy.address import Address, parse_location
-from pdiffcopy.answers import PeerInfo, parse_checked
-from pdiffcopy.blocks import Extent
+from pdiffcopy.answers import PeerInfo
+from pdiffcopy.blocks import MAX_OFFSET, Extent
 from pdiffcopy.client import Network, http
 from pdiffcopy.client.http import HttpServer
 from pdiffcopy.client.remote import RemoteReplica
@@ -29,12 +29,14 @@ from pdiffcopy.exceptions import (
     ProgramError,
     ProtocolError,
     RemoteError,
+    ReplacedError,
     TransientError,
 )
 from pdiffcopy.features import FEATURE_ANSWER, FEATURES
 from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
+from pdiffcopy.streams import parse_checked, parse_hash
 from tests.support import find_free_port
 
 FILE = "/the file"
@@ -297,7 +299,19 @@ def test_impossible_hashes_are_refused(lines):
         with canned(describe(features=features), answer(body=body)) as (replica, _):
             with pytest.raises((ProtocolError, TransientError)):
                 digests_of(replica.hashes(5, "md5", 1, stop=10))
-    assert list(parse_checked([check(b"0\taa\n", b"5\tbb\n")])) == [(0, "aa"), (5, "bb")]
+    assert list(parse_checked([check(b"0\taa\n", b"5\tbb\n")], parse_hash)) == [(0, "aa"), (5, "bb")]
+
+
+def test_holes_take_as_many_requests_as_answers():
+    """However large they are: a server tells how far it has come."""
+    first = {"holes": [[5, 2**62], [2**62 + 10, 7]], "stop": 2**62 + 17}
+    second = {"holes": [[2**63 - 9, 8]], "stop": MAX_OFFSET}
+    answers = [answer(body=json.dumps(document).encode()) for document in (first, second)]
+    with canned(*answers) as (replica, requests):
+        found = list(replica.holes(0, MAX_OFFSET, 4096))
+    assert found == [Extent(5, 2**62), Extent(2**62 + 10, 7), Extent(2**63 - 9, 8)]
+    assert [f"&offset={start}&stop={MAX_OFFSET}&".encode() in request for start, request in
+            zip((0, 2**62 + 17), requests, strict=True)] == [True, True]  # fmt: skip
 
 
 def test_damaged_hashes_are_asked_for_again():
@@ -344,7 +358,109 @@ def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
             digests_of(replica.hashes(5, "md5", 1, stop=10))
 
 
+def listed(*lines: bytes) -> bytes:
+    """A list of a folder: its own line, and these behind it."""
+    return check(b"folder\t0\t0\t\n", *lines)
+
+
+def names_of(replica: RemoteReplica, depth: int = 9) -> list[str]:
+    replica.server.peer = PeerInfo(features=FEATURES - {FEATURE_ANSWER})
+    return [entry.name for entry in replica.entries(depth)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"done\n", b"\n\n", b"<html>\n", check(), check(b"file\t0\t0\ta\n"), check(b"0\taa\n"),
+        listed()[:-5], b"folder\t0\t0\t\ndone\n", listed(b"file\t0\t0\t..\n"), listed(b"file\t0\t0\t%2E%2E/a\n"),
+        listed(b"file\t0\t0\t/etc/passwd\n"), listed(b"file\t0\t0\t%2Fetc\n"), listed(b"file\t0\t0\ta/b\n"),
+        listed(b"file\t0\t0\ta%00\n"), listed(b"file\t0\t0\tb\n", b"file\t0\t0\ta\n"),
+        listed(b"file\t0\t0\ta\n", b"file\t0\t0\ta\n"), listed(b"file\t0\t0\t\n"), listed(b"missing\t0\t0\ta\n"),
+        listed(b"link\t0\t0\ta\n", b"file\t0\t0\ta/b\n"), listed(b"file\t-1\t0\ta\n"), listed(b"exe\t0\t0\ta\n"),
+        listed(b"file\t0\t0\t" + b"a" * 5000 + b"\n"), listed(b"file\t0\t0\t" + b"a" * 50_000),
+        listed(b"folder\t0\t0\ta\n", b"folder\t0\t0\ta/a\n", b"folder\t0\t0\ta/a/a\n"),
+    ],
+)  # fmt: skip
+def test_impossible_lists_are_refused(body):
+    """Names that lead elsewhere, come twice, or lie in nothing: it's the server that says so, and it is named."""
+    with canned(answer(body=body)) as (replica, _), pytest.raises(ProtocolError) as info:
+        names_of(replica, 2)
+    assert str(info.value).startswith(f"{replica.label}: ") and str(info.value).isprintable()
+
+
+def test_list_of_an_unknown_server_needs_a_signature():
+    """Whoever has lists says to which request they belong, also before it was asked what it can do."""
+    with canned(answer(body=listed()), retries=0) as (replica, _), pytest.raises(TransientError, match="isn't that to"):
+        next(replica.entries(1))
+
+
+def test_server_that_is_too_old_has_no_lists():
+    """That is told like a missing file, and never taken for a folder that is."""
+    with canned(answer(404, b"<h1>Not Found</h1>")) as (replica, _), pytest.raises(FileMissingError):
+        next(replica.entries(1))
+
+
+def test_list_that_ends_with_a_problem_tells_the_reason():
+    """A folder that can't be read is named by the server. What came before it was told."""
+    body = listed(b"folder\t0\t0\ta\n").removesuffix(b"done\n") + b'{"status": 403, "detail": "not /x/a/b"}\n'
+    with canned(answer(body=body)) as (replica, _):
+        entries = replica.entries(2)
+        replica.server.peer = PeerInfo()
+        assert [next(entries).name for _ in range(2)] == ["", "a"]
+        with pytest.raises(ForbiddenError, match="not /x/a/b"):
+            next(entries)
+
+
 # Connections that fail {{{1
+
+
+LIST = [b"folder\t0\t0\ta\n", b"file\t0\t0\ta/b\n", b"file\t0\t0\ta.b\n", b"file\t0\t0\tc\n"]
+
+
+def broken(*lines: bytes) -> bytes:
+    """The beginning of a list."""
+    return answer(body=listed(*lines).removesuffix(b"done\n"), length=10_000)
+
+
+def test_list_goes_on_where_it_broke_off():
+    """Nothing is told twice, and nothing is left out, not even what is new by then."""
+    rest = listed(*LIST, b"file\t0\t0\td\n")
+    with canned(
+        b"", broken(*LIST[:2]), answer(503), broken(*LIST[:2]), broken(*LIST), answer(body=rest), retries=3
+    ) as (
+        replica,
+        requests,
+    ):
+        assert names_of(replica) == ["", "a", "a/b", "a.b", "c", "d"]
+    assert len(requests) == 6
+    with canned(broken(*LIST), broken(*LIST), retries=1) as (replica, _), pytest.raises(TransientError):
+        names_of(replica)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [check(b"missing\t0\t0\t\n"), listed(), listed(LIST[0]), listed(*LIST[2:]), listed(LIST[0], b"link\t0\t0\ta/b\n")],
+)
+def test_list_of_something_else_is_not_gone_on_with(second):
+    """A folder that is gone by then, or another one, would end the list early, as if that were all."""
+    with canned(broken(*LIST[:2]), answer(body=second), retries=1) as (replica, _):
+        with pytest.raises(ReplacedError, match="changed while it was listed"):
+            names_of(replica)
+
+
+def test_list_that_is_out_of_order_the_second_time_is_refused():
+    """What is skipped isn't used, what comes behind it is checked as ever."""
+    second = listed(*LIST[:2], b"file\t0\t0\t..\n")
+    with canned(broken(*LIST[:2]), answer(body=second), retries=1) as (replica, _), pytest.raises(ProtocolError):
+        names_of(replica)
+
+
+def test_damaged_list_is_asked_for_again():
+    """A letter that arrived wrong would be another file."""
+    damaged = answer(body=listed(*LIST).replace(b"a.b", b"a.c"))
+    with canned(damaged, answer(body=listed(*LIST)), retries=1) as (replica, requests):
+        assert names_of(replica) == ["", "a", "a/b", "a.b", "c"]
+    assert len(requests) == 2
 
 
 def test_hashes_go_on_where_they_broke_off():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -60,7 +59,7 @@ def test_similarity(compared, changed, similarity):
 def test_verification(planned, wanted, dry_run, expected):
     """Nothing is called verified that wasn't."""
     report = make_report(
-        replace(PLAN, verification=Verification.STATED if planned else Verification.NONE),
+        PLAN._replace(verification=Verification.STATED if planned else Verification.NONE),
         dry_run=dry_run,
         verify=wanted,
     )
@@ -81,12 +80,12 @@ def test_verification(planned, wanted, dry_run, expected):
             "0 of 10 blocks differed (100.00% similar by sha1), moved 0 bytes in 2 seconds (5 MiB/s).",
         ),
         (
-            make_report(replace(PLAN, delta=False), replace(RESULT, blocks_changed=10, retries=1)),
+            make_report(PLAN._replace(delta=False), RESULT._replace(blocks_changed=10, retries=1)),
             "The whole file was copied, moved 2 MiB in 2 seconds (5 MiB/s). 1 retry. Verified 2 MiB.",
         ),
-        (make_report(replace(PLAN, delta=False), dry_run=True), "10 blocks to copy in 2 seconds (5 MiB/s)."),
+        (make_report(PLAN._replace(delta=False), dry_run=True), "10 blocks to copy in 2 seconds (5 MiB/s)."),
         (
-            make_report(result=replace(RESULT, retries=3), verify=False),
+            make_report(result=RESULT._replace(retries=3), verify=False),
             "2 of 10 blocks differed (80.00% similar by sha1), moved 2 MiB in 2 seconds (5 MiB/s). 3 retries.",
         ),
     ],
@@ -110,8 +109,8 @@ def test_similarity_is_rounded_down(compared, changed, expected):
 
 def test_old_servers_are_a_warning():
     """That a target couldn't be verified can't be overlooked, unless nothing was moved."""
-    assert "NOT VERIFIED" in str(make_report(replace(PLAN, verification=Verification.NONE)))
-    assert "NOT VERIFIED" not in str(make_report(replace(PLAN, verification=Verification.NONE), EQUAL))
+    assert "NOT VERIFIED" in str(make_report(PLAN._replace(verification=Verification.NONE)))
+    assert "NOT VERIFIED" not in str(make_report(PLAN._replace(verification=Verification.NONE), EQUAL))
 
 
 def test_no_time_at_all():

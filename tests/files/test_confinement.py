@@ -6,11 +6,16 @@ import os
 import stat
 
 import pytest
+import requests
 
+from pdiffcopy.blocks import Extent
 from pdiffcopy.exceptions import FileError, FileForbiddenError, FileMissingError
-from pdiffcopy.files.confinement import Root
+from pdiffcopy.files import confinement
+from pdiffcopy.files.confinement import Root, Within
 from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.names import Namespace
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.replica import Reading
 
 READ = os.O_RDONLY | os.O_CLOEXEC
 LOOK = os.O_PATH | os.O_CLOEXEC
@@ -346,3 +351,62 @@ def test_root_has_to_be_a_directory(tmp_path):
         Root(str(tmp_path / "missing"))
     with pytest.raises(FileError, match="Not a directory"):
         Root(str(tmp_path / "file"))
+
+
+# Within a folder {{{1
+
+
+@pytest.fixture(params=["openat2", "walk"])
+def within(request, tmp_path, monkeypatch):
+    """A namespace that follows no link below a folder, which is named by a link itself."""
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_bytes(b"secret")
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "folder" / "sub" / "file").write_bytes(b"harmless")
+    if request.param == "walk":
+        monkeypatch.setattr(confinement, "_has_openat2", lambda folder: False)
+    elif not confinement._has_openat2(os.open(tmp_path, os.O_PATH)):
+        pytest.skip("there is no openat2 here")
+    return Within(Namespace(), f"{tmp_path}/link")
+
+
+@pytest.mark.parametrize("target", ["../outside", "/outside", "sub", ".."])
+def test_no_link_is_followed_within_a_folder(within, tmp_path, target):
+    """Neither in the middle of a name nor at its end, to whatever it leads."""
+    folder = within.folder
+    os.close(within.open(f"{folder}/sub/file", os.O_RDONLY))
+    os.symlink(f"{tmp_path}{target}" if target.startswith("/") else target, tmp_path / "folder" / "trap")
+    os.symlink("../outside/secret", tmp_path / "folder" / "leaf")
+    for name in ("trap/secret", "trap/file", "trap/new", "leaf", "trap/../../outside/secret", "../outside/secret"):
+        replica = LocalReplica(f"{folder}/{name}", within)
+        for action in (
+            lambda replica=replica: replica.claim("abc", create=True),
+            lambda replica=replica: replica.write([Extent(0, 4)], Reading([b"evil"])),
+            lambda replica=replica: replica.resize(3),
+            lambda replica=replica: replica.stage("abc"),
+        ):
+            with pytest.raises(FileError):
+                action()
+    assert sorted(os.listdir(tmp_path / "outside")) == ["secret"]
+    assert (tmp_path / "outside" / "secret").read_bytes() == b"secret"
+    assert (tmp_path / "folder" / "sub" / "file").read_bytes() == b"harmless"
+
+
+def test_folders_and_files_are_made_within_a_folder(within, tmp_path):
+    """And the folder itself, where it's missing."""
+    LocalReplica(f"{within.folder}/a/b/c", within).resize(7)
+    assert (tmp_path / "folder" / "a" / "b" / "c").stat().st_size == 7
+    missing = Within(Namespace(), f"{tmp_path}/new/folder/")
+    LocalReplica(f"{tmp_path}/new/folder/x/y", missing).resize(5)
+    assert (tmp_path / "new" / "folder" / "x" / "y").stat().st_size == 5
+
+
+def test_servers_follow_no_link_within_a_folder(server, tmp_path):
+    """Where a request says so. It may do without, as ever."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to("../file")
+    (tmp_path / "file").write_bytes(b"contents")
+    url, name = f"http://127.0.0.1:{server.port}/info", f"{tmp_path}/folder/link"
+    assert requests.get(url, params={"filename": name}).status_code == 200
+    assert requests.get(url, params={"filename": name, "within": f"{tmp_path}/folder"}).status_code == 403

@@ -80,6 +80,16 @@ def test_cached_pages_are_counted(file):
     assert kernel.count_cached_pages(file.fileno(), 0) == 0
 
 
+@pytest.mark.usefixtures("no_hang")
+def test_pages_of_large_holes_are_not_counted(tmp_path):
+    """A file may have more of them than can be counted."""
+    with mounted(tmp_path, "tmpfs"), (tmp_path / "file").open("w+b", buffering=0) as handle:
+        handle.truncate(2**62)
+        for offset in (5, 2**50, 2**50 + 2**20, 2**62 - 1):
+            os.pwrite(handle.fileno(), b"x", offset)
+        assert kernel.count_cached_pages(handle.fileno(), 2**62) == 4
+
+
 def test_pages_are_counted_part_by_part(file, monkeypatch):
     """However large a file is, a little of it is mapped at a time."""
     monkeypatch.setattr(kernel, "_WINDOW", 2 * mmap.PAGESIZE)

@@ -175,6 +175,37 @@ def test_resize_creates_file_and_folders(ask, tmp_path):
 # The additions {{{1
 
 
+def test_list_is_a_stream_of_lines_with_checks(ask, tmp_path):
+    """A line of kind, size, time and encoded name for each thing; their digest; and the end."""
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "\udcff\n").write_bytes(b"12345")
+    for name in ("a b/\udcff\n", "a b", ""):
+        os.utime(tmp_path / name, ns=(7, 7))
+    response = ask("GET", "list", filename=tmp_path, depth=2)
+    assert (response.status_code, response.headers["Content-Type"].split(";")[0]) == (200, "text/plain")
+    lines = b"folder\t0\t7\t\nfolder\t0\t7\ta%20b\nfile\t5\t7\ta%20b/%FF%0A\n"
+    assert response.content == lines + f"={xxhash.xxh3_128_hexdigest(lines)}\ndone\n".encode()
+    assert ask("GET", "list", filename=tmp_path).content.count(b"folder") == 2  # one level
+    assert ask("GET", "list", filename=tmp_path / "no").content.startswith(b"missing\t0\t0\t\n=")
+    assert ask("HEAD", "list", filename=tmp_path).status_code == 200
+
+
+def test_list_of_something_else_is_412(ask, path):
+    """The identity is looked at before the status is sent."""
+    file_id = ask("GET", "info", filename=path).json()["file_id"]
+    assert ask("GET", "list", filename=path, file_id=file_id).content.startswith(b"file\t")
+    assert_problem(ask("GET", "list", filename=path.parent, file_id=file_id), 412)
+
+
+def test_list_that_fails_in_the_middle_ends_with_a_problem(ask, tmp_path):
+    """Its status has been sent by then."""
+    os.makedirs(tmp_path.joinpath(*["d"] * 100))
+    response = ask("GET", "list", filename=tmp_path, depth=100)
+    assert response.status_code == 200
+    problem = json.loads(response.content.splitlines()[-1])
+    assert (problem["status"], "more than 100 folders" in problem["detail"]) == (500, True)
+
+
 def test_digest_of_a_read_block_is_stated(ask, path):
     """On request the header carries XXH128 of exactly the bytes in the body."""
     response = ask("GET", "blocks", filename=path, offset=100, size=BLOCK, digest=1)
@@ -399,6 +430,11 @@ MISTAKES = [
     ("POST", "blocks", {"offset": "0", "filename": "/nothing/at/all"}, 404),
     ("POST", "sync", {"filename": "/nothing/at/all"}, 404),
     ("GET", "info", {"filename": "/etc/passwd/x"}, 404),
+    # Lists.
+    ("GET", "list", {"filename": None}, 400),
+    *[("GET", "list", {"depth": value}, 400) for value in ("", "-1", "x", "1.5", "01")],
+    *[("GET", "list", {"depth": value}, 413) for value in ("101", HUGE)],
+    *[("GET", "list", {"filename": value}, 400) for value in ("", "relative", "/\0", "/" + "x" * 300)],
 ]
 
 
@@ -555,7 +591,8 @@ def test_loop_of_links_is_403(ask, tmp_path):
     """The kernel gives up, and so does the server."""
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    assert_problem(ask("GET", "info", filename=tmp_path / "a"), 403)
+    for endpoint in ("info", "list"):
+        assert_problem(ask("GET", endpoint, filename=tmp_path / "a"), 403)
 
 
 # The process {{{1

@@ -35,6 +35,8 @@ def confined(tmp_path_factory):
     root = folder / "root"
     root.mkdir()
     (root / "file").write_bytes(bytes(100_000))
+    (root / "folder").mkdir()
+    (root / "folder" / "\udcff\n é").touch()
     servers = [
         start_server(folder, "--root", str(root)),
         start_server(folder, "--root", str(root), env={"PDIFFCOPY_TOKEN": TOKEN}),
@@ -56,6 +58,14 @@ def test_answers_are_as_described(case, confined):
 def test_answers_for_a_file_are_as_described(case, confined):
     """The same when the file exists, so that requests get further than its name."""
     case.query = {**(case.query or {}), "filename": "/file"}
+    check_case(case, confined[0])
+
+
+@schema.include(path="/list").parametrize()
+@bounded
+def test_lists_of_folders_are_as_described(case, confined):
+    """The same for a folder, with a name that has to be encoded."""
+    case.query = {**(case.query or {}), "filename": "/"}
     check_case(case, confined[0])
 
 

@@ -1,0 +1,415 @@
+"""Many files in one run: several sources, and folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from pdiffcopy.address import Address
+from pdiffcopy.client import Client
+from pdiffcopy.client.summary import FileReport, Summary
+from pdiffcopy.exceptions import FilesFailedError, ProgramError, SourceChangedError, UsageError
+from tests.support import error_lines, find_free_port, make_data, run_pdiffcopy, write_pattern
+
+DIRECTIONS = ("local", "upload", "download")
+SIZE = 100_000
+
+
+@pytest.fixture(params=DIRECTIONS)
+def direction(request):
+    return request.param
+
+
+@pytest.fixture
+def place(server, direction):
+    """A function that makes locations of sources and a target (which may end in a slash)."""
+
+    def place(*paths: Path | str) -> list[str]:
+        *sources, target = map(str, paths)
+        if direction == "download":
+            sources = [f"127.0.0.1:{server.port}{source}" for source in sources]
+        return [*sources, f"127.0.0.1:{server.port}{target}" if direction == "upload" else target]
+
+    return place
+
+
+def make_tree(folder: Path, **files: int) -> Path:
+    """Make files by their names (two underscores are a slash) and the seeds of their contents."""
+    folder.mkdir(exist_ok=True)
+    for name, seed in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_data(SIZE + seed, seed))
+    return folder
+
+
+def read_tree(folder: Path) -> dict[str, bytes | None]:
+    """The contents of all files by their names (folders have none)."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def run(*arguments) -> dict:
+    """Run the program, and return its JSON object."""
+    result = run_pdiffcopy("--json", *arguments)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+# Several files {{{1
+
+
+@pytest.mark.parametrize("before", ["missing", "there"])
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_several_sources_go_into_a_folder(tmp_path, place, before, slash):
+    """Each under its own name. The folder is created where it's missing."""
+    sources = make_tree(tmp_path / "sources", a=1, b__c=2, d=3)
+    target = tmp_path / "x" / "target"
+    if before == "there":
+        target.mkdir(parents=True)
+        (target / "a").write_bytes(make_data(SIZE + 1, 1))
+        (target / "c").write_bytes(make_data(SIZE, 9))
+        (target / "other").write_bytes(b"left alone")
+    report = run(*place(sources / "a", sources / "b/c", sources / "d", f"{target}{slash}"))
+    names = {"a": sources / "a", "c": sources / "b/c", "d": sources / "d"}
+    assert {name: (target / name).read_bytes() for name in names} == {n: path.read_bytes() for n, path in names.items()}
+    expected = (1, 1, 1) if before == "there" else (0, 0, 3)
+    assert (report["equal"], report["updated"], report["created"]) == expected
+    assert len(os.listdir(target)) == 3 + (before == "there")
+    assert report["bytes_moved"] == sum(file["bytes_moved"] for file in report["files"])
+    assert sorted(Path(file["target"]).name for file in report["files"]) == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_one_source_goes_into_a_folder_that_is_there(tmp_path, place, slash):
+    """As with cp, and the report is that of one file."""
+    data = write_pattern(tmp_path / "file", SIZE)
+    (tmp_path / "folder").mkdir()
+    report = run(*place(tmp_path / "file", f"{tmp_path}/folder{slash}"))
+    assert (tmp_path / "folder" / "file").read_bytes() == data
+    assert report["target"].endswith("/folder/file") and report["outcome"] == "created"
+
+
+def test_slash_makes_a_folder(tmp_path, place):
+    """Of a target that is missing."""
+    data = write_pattern(tmp_path / "file", SIZE)
+    run(*place(tmp_path / "file", f"{tmp_path}/a/b/"))
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("fault", ["same name", "folder", "folder with a slash", "target is a file", "folder there"])
+def test_what_can_not_be_is_refused_before_anything_is_touched(tmp_path, place, fault):
+    """In one line that names it."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2, c__a=3)
+    target = make_tree(tmp_path / "target")
+    names, expected = [sources / "a", sources / "b"], ""
+    if fault == "same name":
+        names, expected = [sources / "a", sources / "c/a"], "called a"
+    elif fault == "folder":
+        names, expected = [sources / "c"], "add -r"
+    elif fault == "folder with a slash":
+        names, expected = [sources / "a", f"{sources}/c/"], "add -r"
+    elif fault == "target is a file":
+        target, expected = target / "file", "is no folder"
+        target.write_bytes(b"precious")
+    else:
+        (target / "b").mkdir()
+        expected = "b is a folder in"
+    before = read_tree(tmp_path)
+    result = run_pdiffcopy(*place(*names, target))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and expected in line
+    assert read_tree(tmp_path) == before
+
+
+def test_failure_costs_one_file(tmp_path, place):
+    """It is named, the rest goes on, and the exit code tells."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2, c=3)
+    result = run_pdiffcopy(
+        "--json", *place(sources / "a", sources / "gone", sources / "b", sources / "c", tmp_path / "t")
+    )
+    assert result.returncode == 1
+    report = json.loads(result.stdout)
+    assert (report["created"], report["failed"]) == (3, 1)
+    (failed,) = (file for file in report["files"] if "error" in file)
+    assert failed["source"].endswith("/gone") and "doesn't exist" in failed["error"] and failed["exit_code"] == 1
+    assert "gone doesn't exist" in result.stderr and error_lines(result)[-1].startswith("pdiffcopy: 1 file failed")
+    assert sorted(os.listdir(tmp_path / "t")) == ["a", "b", "c"]
+
+
+def test_each_file_is_as_if_it_were_alone(tmp_path, place):
+    """New versions, metadata, holes."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2)
+    with (sources / "holes").open("wb") as file:
+        file.truncate(10**7)
+    for name in ("a", "b", "holes"):
+        os.utime(sources / name, ns=(10**18, 10**18 + 7))
+        (sources / name).chmod(0o640)
+    target = make_tree(tmp_path / "target", a=5)
+    inode = (target / "a").stat().st_ino
+    report = run("--atomic", "-pt", *place(sources / "a", sources / "b", sources / "holes", target))
+    assert read_tree(target) == read_tree(sources)
+    assert all(path.stat().st_mtime_ns == 10**18 + 7 for path in target.iterdir())
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o640 for path in target.iterdir())
+    assert (target / "a").stat().st_ino != inode and (target / "holes").stat().st_blocks * 512 < 10**6
+    assert all(file["verification"] == "verified" for file in report["files"])
+
+
+def test_source_that_changes_concerns_one_file(tmp_path, monkeypatch):
+    """The others are done, and the exit code is that of the failure."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2)
+    client = Client(sources=[str(sources / "a"), str(sources / "b")], target=str(tmp_path / "target"))
+    summary = Summary()
+    from pdiffcopy.client.job import Job
+
+    begin = Job.begin
+
+    def begin_and_change(job):
+        plan = begin(job)
+        if job.source_address.filename.endswith("/a"):
+            os.utime(job.source_address.filename, ns=(1, 1))
+        return plan
+
+    monkeypatch.setattr(Job, "begin", begin_and_change)
+    files = {Path(file.source.filename).name: file for file in client.run_files(summary)}
+    assert isinstance(files["a"].error, SourceChangedError)
+    assert files["b"].report.outcome == "created"
+    with pytest.raises(FilesFailedError) as info:
+        summary.check()
+    assert info.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("codes", "expected"), [([3], 3), ([4, 4], 4), ([3, 4], 1), ([1], 1)])
+def test_exit_code_is_that_of_the_failures_if_they_agree(codes, expected):
+    """Otherwise it's 1."""
+    summary = Summary()
+    for code in codes:
+        error = ProgramError("it failed")
+        error.exit_code = code
+        summary.add(FileReport(Address("/a"), Address("/b"), error=error))
+    with pytest.raises(FilesFailedError, match=f"{len(codes)} file") as info:
+        summary.check()
+    assert info.value.exit_code == expected
+
+
+def test_what_ends_everything_does(server, launch, tmp_path):
+    """It would be the same for all files, so it's told once."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2, c=3)
+    names = [sources / "a", sources / "b", sources / "c"]
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o600)
+    closed = launch("--token-file", str(tmp_path / "token"))
+    for port, reason in ((closed.port, "token"), (find_free_port(), "refused")):
+        result = run_pdiffcopy("--retries=0", *names, f"127.0.0.1:{port}{tmp_path}/target/")
+        assert result.returncode == 1
+        assert reason in error_lines(result)[-1], result.stderr
+        assert len(error_lines(result)) == 1
+
+
+# Folders {{{1
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder with all sorts of things."""
+    tree = make_tree(tmp_path / "tree", a=1, db__b=2, db__sub__c=3, **{"z\n%": 4})
+    (tree / "empty" / "inner").mkdir(parents=True)
+    (tree / os.fsdecode(b"\xff")).write_bytes(b"no UTF-8")
+    return tree
+
+
+def add_oddities(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_bytes(b"secret")
+    (tree / "link").symlink_to("../outside/secret")
+    (tree / "links").symlink_to("../outside")
+    os.mkfifo(tree / "db" / "fifo")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tree / "socket"))
+
+
+def test_folder_is_brought_into_line(tmp_path, place, tree):
+    """By relative name. What only the target has is left alone, what is no file is left out and counted."""
+    expected = read_tree(tree)
+    add_oddities(tree, tmp_path)
+    target = make_tree(tmp_path / "target", a=1, db__b=7, db__other=8)
+    report = run("-r", *place(tree, target))
+    expected["db/other"] = make_data(SIZE + 8, 8)
+    assert read_tree(target) == expected
+    assert not any(path.is_symlink() or path.is_fifo() for path in target.rglob("*"))
+    assert report["skipped"] == {"link": 2, "fifo": 1, "socket": 1}
+    assert (report["equal"], report["updated"], report["created"]) == (1, 1, 3)
+    again = run("-r", *place(f"{tree}/", f"{target}/"))
+    assert (again["equal"], again["created"], again["bytes_moved"]) == (5, 0, 0)
+
+
+def test_skipped_things_are_named_for_those_who_ask(tmp_path, place, tree):
+    """And files that are done."""
+    add_oddities(tree, tmp_path)
+    quiet, verbose = (run_pdiffcopy(*options, "-r", *place(tree, tmp_path / "t")) for options in ((), ("-v",)))
+    assert "links" not in quiet.stderr and "4 skipped" in quiet.stderr
+    assert "Left out: links (link)" in verbose.stderr and "db/fifo (fifo)" in verbose.stderr
+    assert "db/b: " in verbose.stderr
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (["--exclude=db/*"], {"a", "z\n%", os.fsdecode(b"\xff")}),
+        (["--include=*/c", "--exclude=db/*"], {"a", "z\n%", os.fsdecode(b"\xff"), "db/sub/c"}),
+        (["--exclude=db/*", "--include=*/c"], {"a", "z\n%", os.fsdecode(b"\xff")}),
+        (["--include=a", "--include", "*b", "--exclude=*"], {"a", "db/b"}),
+    ],
+)
+def test_first_rule_that_fits_decides(tmp_path, place, tree, rules, expected):
+    """On names below the folder, in the order of the command line."""
+    report = run("-r", *rules, *place(tree, tmp_path / "target"))
+    files = {name for name, data in read_tree(tmp_path / "target").items() if data is not None}
+    assert files == expected
+    assert report["skipped"].get("excluded", 0) == 5 - len(expected)
+
+
+@pytest.mark.parametrize("conflict", ["folder there", "file there", "link there", "fifo there", "target is a file"])
+def test_conflicts_are_refused_before_anything_is_touched(tmp_path, place, tree, conflict):
+    """What is a file on one side and something else on the other."""
+    target = make_tree(tmp_path / "target", db__b=7)
+    if conflict == "folder there":
+        (target / "a").mkdir()
+    elif conflict == "file there":
+        (target / "db" / "sub").write_bytes(b"precious")
+    elif conflict == "link there":
+        (target / "a").symlink_to("db/b")
+    elif conflict == "fifo there":
+        os.mkfifo(target / "a")
+    else:
+        target = target / "db" / "b"
+    before = read_tree(tmp_path / "target")
+    result = run_pdiffcopy("-r", *place(tree, target))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and (" is a " in line)
+    assert read_tree(tmp_path / "target") == before
+
+
+def test_archive_keeps_metadata(tmp_path, place, tree):
+    """-a is -r -p -t -o -g."""
+    os.chown(tree / "db/b", 1234, 5678)
+    (tree / "db/b").chmod(0o604)
+    os.utime(tree / "db/b", ns=(5, 5))
+    run("-a", *place(tree, tmp_path / "target"))
+    status = (tmp_path / "target/db/b").stat()
+    assert (status.st_uid, status.st_gid, status.st_mtime_ns) == (1234, 5678, 5)
+    assert stat.S_IMODE(status.st_mode) == 0o604
+
+
+def test_archive_takes_a_file_too(tmp_path, place, tree):
+    """Who is used to that option means one file as often as a folder."""
+    os.utime(tree / "a", ns=(5, 5))
+    run("-a", *place(tree / "a", tmp_path / "new"))
+    assert (tmp_path / "new").stat().st_mtime_ns == 5
+
+
+def test_dry_run_of_a_folder_touches_nothing(tmp_path, place, tree):
+    """It tells what would be done."""
+    target = make_tree(tmp_path / "target", a=1, db__b=7)
+    before = read_tree(target)
+    report = run("-n", "-r", *place(tree, target))
+    assert read_tree(target) == before
+    assert (report["equal"], report["updated"], report["created"]) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["gone", "gone/"])
+def test_missing_folder(tmp_path, place, name):
+    """In one line."""
+    result = run_pdiffcopy("-r", *place(f"{tmp_path}/{name}", tmp_path / "target"))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "gone doesn't exist" in line
+    assert not (tmp_path / "target").exists()
+
+
+def test_links_that_appear_meanwhile_are_not_followed(tmp_path, monkeypatch, tree):
+    """A folder that is exchanged for a link after it was listed leads nowhere."""
+    from pdiffcopy.client import many
+
+    target = make_tree(tmp_path / "target", db__b=7)
+    (tmp_path / "outside").mkdir()
+    sort = many._make_folders
+
+    def exchange(selection, run):
+        sort(selection, run)
+        os.rename(target / "db", tmp_path / "moved")
+        (target / "db").symlink_to("../outside")
+
+    monkeypatch.setattr(many, "_make_folders", exchange)
+    client = Client(source=str(tree), target=str(target), recursive=True)
+    files = {str(file.source).removeprefix(f"{tree}/"): file for file in client.run_files()}
+    assert files["db/b"].error and files["db/sub/c"].error
+    assert files["a"].report
+    assert os.listdir(tmp_path / "outside") == []
+
+
+def test_old_servers_take_files_and_no_folders(launch_old, tmp_path, tree):
+    """What needs a listing is refused in one line."""
+    peer = launch_old()
+    where = f"127.0.0.1:{peer.port}{tmp_path}/target"
+    report = run(tree / "a", tree / "db/b", f"{where}/")
+    assert report["created"] == 2 and (tmp_path / "target/b").read_bytes() == (tree / "db/b").read_bytes()
+    for places in ((tree, where), (f"127.0.0.1:{peer.port}{tree}", tmp_path / "new")):
+        result = run_pdiffcopy("-r", *places)
+        (line,) = error_lines(result)
+        assert result.returncode == 1 and "too old for -r" in line
+
+
+# How it is told {{{1
+
+
+def test_progress_as_json(tmp_path, place):
+    """A line a second on stderr, and one at the end."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2)
+    result = run_pdiffcopy("-q", "--progress=json", *place(sources / "a", sources / "b", tmp_path / "t"))
+    assert result.returncode == 0
+    last = json.loads(result.stderr.splitlines()[-1])
+    total = 2 * SIZE + 3
+    assert (last["bytes"], last["bytes_total"], last["bytes_moved"]) == (total, total, total)
+    assert (last["files"], last["files_total"], last["time_left"]) == (2, 2, 0)
+    assert last["rate"] > 0 and last["elapsed"] > 0
+
+
+def test_progress_of_one_file_as_json(tmp_path, place):
+    """It has the same members."""
+    write_pattern(tmp_path / "a", SIZE)
+    result = run_pdiffcopy("-q", "--progress=json", *place(tmp_path / "a", tmp_path / "b"))
+    last = json.loads(result.stderr.splitlines()[-1])
+    assert (last["bytes"], last["files_total"]) == (SIZE, 1)
+    (line,) = error_lines(run_pdiffcopy("--progress=no", tmp_path / "a", tmp_path / "b"))
+    assert "--progress takes json" in line
+
+
+def test_python_gets_a_report_for_each_file(server, tmp_path, tree):
+    """As a generator, while it goes on."""
+    summary = Summary()
+    client = Client(
+        source=str(tree), target=server.location(tmp_path / "target"), recursive=True, rules=[(False, "db/*")]
+    )
+    reports = [file.report.as_dict() for file in client.run_files(summary)]
+    assert len(reports) == 3 and all(report["outcome"] == "created" for report in reports)
+    assert summary.outcomes["created"] == 3 and summary.skipped == {"excluded": 2}
+    assert "3 files: 3 created, 2 skipped" in str(summary)
+    assert client.source.filename == str(tree)
+
+
+def test_benchmark_takes_one_file(tmp_path, tree):
+    """It damages its target."""
+    for arguments in (("-r", tree, tmp_path / "t"), (tree / "a", tree / "db/b", tmp_path / "t")):
+        (line,) = error_lines(run_pdiffcopy("--benchmark=1", *arguments))
+        assert "--benchmark" in line
+
+
+def test_clients_need_something(tmp_path):
+    """At least one source and a target."""
+    with pytest.raises(UsageError):
+        list(Client(target=str(tmp_path)).run_files())
