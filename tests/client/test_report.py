@@ -124,6 +124,7 @@ def test_report_as_json():
     assert document == {
         "source": "/a b",
         "target": "http://host:8080/c%20d",
+        "outcome": "updated",
         "dry_run": False,
         "delta_transfer": True,
         "block_size": MIB,
