@@ -116,6 +116,8 @@ def test_dry_run_of_largest_files(server, memory, direction):
     assert copy(server, direction, source, target, "-n")["blocks_changed"] == 3
     assert copy(server, direction, source, target, "-n", "--sparse=never")["blocks_changed"] == 2**43
     assert is_equal(target, MAX_OFFSET, {-1: b"?"}, PAGE)
+    os.truncate(target, 5)
+    assert copy(server, direction, source, target, "-n")["blocks_changed"] == 3
 
 
 @pytest.mark.parametrize("direction", BOTH)

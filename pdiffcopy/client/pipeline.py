@@ -36,6 +36,7 @@ from pdiffcopy.blocks import (
     Extent,
     Hole,
     block_length,
+    count_blocks,
     cut,
     halve,
     intersect,
@@ -96,7 +97,7 @@ def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
         source = _digests(plan, open_source(plan, replicas), 0, plan.size)
     else:
         source = _find_runs(plan, open_source(plan, replicas))
-    target = _digests(plan, replica, 0, plan.target_size) if plan.delta else _invent_target(plan)
+    target = _describe_target(plan, replica)
     with closing(source), closing(target):
         # The threads that hash a target nearby begin now, and not when the server of the source has answered.
         first = list(islice(target, int(replica.is_near)))
@@ -121,10 +122,14 @@ def _find_runs(plan: Plan, source: Replica) -> Generator[Item, None, None]:
         position = sum(hole)
 
 
-def _invent_target(plan: Plan) -> Generator[Item, None, None]:
-    """What is known of a target that isn't hashed: a new one is one hole."""
-    if plan.is_new and plan.sparse is not Sparse.IGNORED:
-        yield Hole(0, plan.size)
+def _describe_target(plan: Plan, replica: Replica) -> Generator[Item, None, None]:
+    """Tell what is known of the target. A new one is one hole, and so is what one that is too short grows by."""
+    position = 0
+    if plan.delta:
+        yield from _digests(plan, replica, 0, plan.target_size)
+        position = count_blocks(plan.target_size, plan.block_size) * plan.block_size
+    if (plan.delta or plan.is_new) and plan.sparse is not Sparse.IGNORED and position < plan.size:
+        yield Hole(position, plan.size - position)
 
 
 def generate_batches(plan: Plan, replicas: Replicas, is_awaited: Callable[[], bool]) -> Iterator[Batch]:
