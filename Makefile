@@ -2,7 +2,7 @@
 #
 # Each target sets up what it needs in a virtual environment, which takes a minute once and nothing after that. The
 # variable PYTHON chooses another interpreter (make test PYTHON=python3.12), VENV another place, COUNT how many rounds
-# there are of make torture.
+# there are of make torture, TESTS which tests to run.
 
 PYTHON ?= python3
 VENV ?= .venv
