@@ -161,6 +161,8 @@ class Bench:
         sample.changed = changed
         if case.contender.hash is not None:
             sample.details["steps"] = json.loads(self.output.read_text())
+        if case.contender.tells_report:
+            sample.details["report"] = json.loads(self.output.read_text().splitlines()[-1])
         if not (pair.is_equal() or case.contender.leaves_target):
             raise ContenderError(f"{case.contender.name} left a target that differs from the source ({case.work})")
         _say(f"{case.group:8} {case.contender.name:27} {case.work:42} {sample.wall:8.3f} s")

@@ -26,6 +26,11 @@ class Contender:
         """The command line that makes the target equal to the source."""
         return [*self.arguments, source, target]
 
+    @property
+    def tells_report(self) -> bool:
+        """Whether the last line of its output is a report in JSON."""
+        return "--json" in self.arguments
+
     def get_input(self, extents: list[tuple[int, int]]) -> bytes:
         """What it reads from its standard input: a limit learns from there what differs."""
         if self.hash is None:
@@ -43,6 +48,14 @@ def _rsync(name: str, *options: str) -> Contender:
 
 
 DEFAULT, XXH128 = _pdiffcopy("pdiffcopy"), _pdiffcopy("pdiffcopy xxh128", "-m", "xxh128")
+RATE = 64 * 1024**2
+"""How many bytes a second a limited client, or a limited server, lets pass."""
+UNLIMITED = _pdiffcopy("pdiffcopy --json", "--json")
+LIMITED, LIMITED_ONE, LIMITED_MANY = (
+    _pdiffcopy(f"pdiffcopy limited{name}", "--json", f"--bwlimit={RATE}", *options)
+    for name, options in (("", ()), (" -c 1", ("-c", "1")), (" -c 8", ("-c", "8")))
+)
+DROP = _pdiffcopy("pdiffcopy --drop-cache", "--drop-cache")
 RSYNC_DELTA, RSYNC_WHOLE = _rsync("delta", "--no-whole-file"), _rsync("-W", "--whole-file")
 LIMIT = Contender("limit", (sys.executable, "-m", "benchmarks.limits"), NOBODY, "blake3")
 READERS = Contender("32 readers", (sys.executable, "-m", "benchmarks.readers", "32"), leaves_target=True)

@@ -15,13 +15,18 @@ from pathlib import Path
 from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Bench, Case, Job
 from benchmarks.contenders import (
     DEFAULT,
+    DROP,
     IMPORT_REQUESTS,
     LIMIT,
+    LIMITED,
+    LIMITED_MANY,
+    LIMITED_ONE,
     PDIFFCOPY,
     READERS,
     RSYNC,
     RSYNC_DELTA,
     RSYNC_WHOLE,
+    UNLIMITED,
     XXH128,
     Contender,
 )
@@ -29,6 +34,7 @@ from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair, scatte
 from benchmarks.links import Link, Machine, UnavailableError
 from benchmarks.servers import LOOPBACK as LOOPBACK_ADDRESS
 from benchmarks.servers import (
+    LimitedServer,
     PdiffcopyServer,
     RelayServer,
     RsyncDaemon,
@@ -50,6 +56,9 @@ READ_DELAY = 0.001
 """How long storage elsewhere takes for a request, in seconds."""
 RELAY, LONG_RELAY = "relay", "relay, 50 ms"
 CUBIC, HTTPS, SLOW_STORAGE, COLD_DISK = "cubic", "https", "1 ms a read, cold", "disk, cold"
+LIMITED_SERVER = "limited server"
+LIMITED_SIZE = 512 * MEBIBYTE
+"""How much moves at a limited rate: that takes some seconds, so that the start of a program hardly matters."""
 MEMORY_PERCENT = 1
 MEMORY_RATIO = 16
 """How much larger the larger one of the two files is whose memory is compared."""
@@ -78,6 +87,7 @@ class Suite:
             "https": self.https,
             "small": self.small,
             "cold": self.cold,
+            "manners": self.manners,
             "scaling": self.scaling,
             "wire": self.wire,
             "links": self.links,
@@ -149,7 +159,7 @@ class Suite:
     def cold(self) -> None:
         """Files of which nothing is in the page cache, on the disk and on storage that takes its time."""
         jobs = []
-        for contender in (DEFAULT, RSYNC_DELTA):
+        for contender in (DEFAULT, DROP, RSYNC_DELTA):
             jobs += self._jobs("cold", contender, percent=0, link=COLD_DISK)
         self.bench.run(jobs)
         with SlowStorage(self.bench.folder, READ_DELAY) as storage:
@@ -158,6 +168,19 @@ class Suite:
                 jobs += self._jobs("cold", contender, pair=self.pair.seen_from(storage.mountpoint), percent=0,
                                    link=SLOW_STORAGE)  # fmt: skip
             self.bench.run(jobs)
+
+    def manners(self) -> None:
+        """Limits of the client and of the server, with one worker and with many."""
+        pair = Pair(self.bench.folder, "limited", min(LIMITED_SIZE, self.bench.size))
+        with LimitedServer(self.bench.folder) as server:
+            jobs = []
+            for direction in BOTH:
+                for contender in (LIMITED, LIMITED_ONE, LIMITED_MANY):
+                    jobs += self._jobs("manners", contender, pair, direction, MISSING, 100, min(2, self.bench.runs))
+                jobs += self._jobs("manners", UNLIMITED, pair, direction, MISSING, 100, min(2, self.bench.runs),
+                                   LIMITED_SERVER, {PDIFFCOPY: server})  # fmt: skip
+            self.bench.run(jobs)
+        pair.remove()
 
     def scaling(self) -> None:
         """The time for an eighth, a quarter, a half and all of the size, and how much work a GiB more is."""

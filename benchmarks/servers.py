@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import RATE
 from benchmarks.links import UnavailableError
 from benchmarks.processes import get_cpu_seconds, get_tree, is_listening, reset_peak_memory, wait_for
 
@@ -118,6 +119,14 @@ class PdiffcopyServer(Server):
     def get_location(self, path: Path) -> str:
         """See :meth:`Server.get_location`."""
         return f"{self.address}:{self.port}{path}"
+
+
+class LimitedServer(PdiffcopyServer):
+    """``pdiffcopy --listen`` that lets no more bytes pass in a second than :data:`.RATE`."""
+
+    def get_command(self) -> list[str]:
+        """See :meth:`Server.get_command`."""
+        return [*super().get_command(), f"--bwlimit={RATE}"]
 
 
 class SecureServer(PdiffcopyServer):

@@ -14,7 +14,16 @@ from functools import partial
 
 from benchmarks import sparse
 from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Case, Results, Sample
-from benchmarks.contenders import DEFAULT, IMPORT_REQUESTS, READERS, RSYNC_DELTA, RSYNC_WHOLE, XXH128, Contender
+from benchmarks.contenders import (
+    DEFAULT,
+    IMPORT_REQUESTS,
+    RATE,
+    READERS,
+    RSYNC_DELTA,
+    RSYNC_WHOLE,
+    XXH128,
+    Contender,
+)
 from benchmarks.files import MISSING, PAGE_SIZE, PAGES, SCATTERED
 from benchmarks.groups import (
     COLD_DISK,
@@ -87,6 +96,7 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("cold, 1 ms a read, nothing changed", "32 readers of 1 MiB", 1.3, partial(ratios.cold, SLOW_STORAGE, READERS)),
         ("cold on the disk, nothing changed", "rsync delta", 0.5, partial(ratios.cold, COLD_DISK, RSYNC_DELTA)),
         ("10 MiB, nothing changed", 'python -c "import requests"', 1.3, ratios.small),
+        ("--bwlimit, missing target", "the limit (or the reverse)", 1.05, ratios.bwlimit),
         ("upload", "the same download", 1.25, ratios.upload),
         ("bytes on the wire, 10 %", "the changed bytes", 1.01, ratios.wire),
         ("1 Gbit/s link, 10 % scattered MiBs", "changed bytes / bandwidth", 1.25, ratios.link),
@@ -152,6 +162,15 @@ class _Ratios:
     def small(self) -> Ratios:
         case = Case("small", DEFAULT, SMALL_SIZE, percent=0)
         yield "download", self.compare(case, replace(case, contender=IMPORT_REQUESTS))
+
+    def bwlimit(self) -> Ratios:
+        for case in list(self.results.samples):
+            if case.group == "manners":
+                # Not how long the program takes to start.
+                seconds = self.results.median(case, lambda sample: sample.details["report"]["elapsed"])
+                ratio = _divide(seconds, case.size / RATE)
+                # Too fast is as bad as too slow.
+                yield f"{case.contender.name}, {case.work}", ratio and max(ratio, 1 / ratio)
 
     def wire(self) -> Ratios:
         for direction in (DOWNLOAD, UPLOAD):

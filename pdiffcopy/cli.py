@@ -91,6 +91,16 @@ Supported options:
     What becomes of holes, which are parts of a file that take no room on the disk: 'auto' makes them where SOURCE has
     them and nowhere else (the default), 'always' makes them of all blocks of zeros, 'never' makes none.
 
+  --bwlimit=RATE
+
+    Let at most this many bytes of contents pass in a second: a number, or something like 10MiB. Client: over all of its
+    processes. Server: over all clients together, in both directions. (Digests don't count, they are tiny.)
+
+  --drop-cache
+
+    Leave the page cache as it was: what SOURCE and TARGET bring into it leaves it again, on both sides, and what was
+    there before stays. So the other programs of a busy host keep what they need in memory.
+
   --timeout=SECONDS
 
     How long to wait for a sign of life of the other side (defaults to 60).
@@ -248,8 +258,8 @@ def run_client(**options: Any) -> None:
     :param options: The options of the command line by their long names (with underscores): ``sources`` (or ``source``),
                     ``target``, ``block_size``, ``hash_method``, ``whole_file``, ``concurrency``, ``dry_run``,
                     ``benchmark``, ``no_verify``, ``fsync``, ``atomic``, ``perms``, ``times``, ``owner``, ``group``,
-                    ``sparse``, ``recursive``, ``rules``, ``timeout``, ``retries``, ``token_file``,
-                    ``ca_file``, ``progress``, ``json``.
+                    ``sparse``, ``bwlimit``, ``drop_cache``, ``recursive``, ``rules``, ``timeout``, ``retries``,
+                    ``token_file``, ``ca_file``, ``progress``, ``json``.
     """
     as_json = options.pop("json", False)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -325,8 +335,8 @@ def run_server(**options: Any) -> None:
     Run the server program.
 
     :param options: The options of the command line by their long names (with underscores): ``address``,
-                    ``concurrency``, ``root``, ``token_file``, ``read_only``, ``devices``, ``allow_set_id``,
-                    ``certfile``, ``keyfile``, ``allow_hosts``, ``access_log``.
+                    ``concurrency``, ``bwlimit``, ``root``, ``token_file``, ``read_only``, ``devices``,
+                    ``allow_set_id``, ``certfile``, ``keyfile``, ``allow_hosts``, ``access_log``.
     """
     try:
         with _starting():
@@ -334,7 +344,7 @@ def run_server(**options: Any) -> None:
             from pdiffcopy.server import Settings, start_server
     except ImportError as e:
         raise DependencyError.of("server", e) from e
-    names = ("root", "read_only", "devices", "allow_set_id", "allow_hosts")
+    names = ("root", "read_only", "devices", "allow_set_id", "allow_hosts", "bwlimit")
     settings: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     settings["token"] = load_token(options.pop("token_file", ""))
     start_server(settings=Settings(**settings), **options)

@@ -37,6 +37,9 @@ The rest a client uses only when the server lists it as a *feature* in its answe
     ``data=0`` nothing else). On
     ``POST /blocks`` the client may state it; the server compares with what lies in the target after the write
     and answers 409 if that differs. The digest is XXH128 (https://github.com/Cyan4973/xxHash), 32 hexadecimal digits.
+:data:`FEATURE_DROP`
+    With ``drop=1`` what ``/hashes``, ``/pieces``, ``/blocks``, ``/zeros`` and ``/stage`` read and write leaves the
+    page cache of the server again, unless it was there before. ``/info`` answers 403 where that isn't possible.
 :data:`FEATURE_EXTENTS`
     ``/blocks`` takes ``extents=OFFSET:SIZE,OFFSET:SIZE,...`` instead of offset and size: the body carries the bytes
     of all of them, one after the other.
@@ -77,7 +80,7 @@ from __future__ import annotations
 FEATURE_ANSWER, FEATURE_BLOCKWISE, FEATURE_CLAIM, FEATURE_DIGEST = "answer", "blockwise", "claim", "digest"
 FEATURE_ATOMIC, FEATURE_METADATA = "atomic", "metadata"
 FEATURE_EXTENTS, FEATURE_PIECES, FEATURE_RESUME, FEATURE_SYNC = "extents", "pieces", "resume", "sync"
-FEATURE_LIST, FEATURE_MANY, FEATURE_SPARSE = "list", "many", "sparse"
+FEATURE_LIST, FEATURE_MANY, FEATURE_SPARSE, FEATURE_DROP = "list", "many", "sparse", "drop"
 FEATURES = frozenset(
     [
         FEATURE_ANSWER,
@@ -85,6 +88,7 @@ FEATURES = frozenset(
         FEATURE_BLOCKWISE,
         FEATURE_CLAIM,
         FEATURE_DIGEST,
+        FEATURE_DROP,
         FEATURE_EXTENTS,
         FEATURE_LIST,
         FEATURE_MANY,

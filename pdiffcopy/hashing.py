@@ -169,12 +169,12 @@ class Hashers:
 
 
 def _digest_pieces(file: OpenFile, extents: Sequence[Extent], size: int, new_hasher: Callable[..., Any]) -> list[str]:
-    file.prepare(extents)
-    return [
-        new_hasher(chunk[cut : cut + size]).hexdigest()
-        for chunk in file.chunks(extents)
-        for cut in range(0, len(chunk), size)
-    ]
+    with file.reading(extents):
+        return [
+            new_hasher(chunk[cut : cut + size]).hexdigest()
+            for chunk in file.chunks(extents)
+            for cut in range(0, len(chunk), size)
+        ]
 
 
 class _Stripes:
@@ -278,17 +278,17 @@ def _hash_stripe(
     holes = list(file.holes(start, stop)) if grain else []
     found: _Found = []
     hasher, position = new_hasher(), start
-    file.prepare([Extent(start, stop - start)])
-    for chunk in file.chunks(extents, holes):
-        for cut in range(0, len(chunk), block_size):
-            piece = chunk[cut : cut + block_size]
-            hasher.update(piece)
-            position += len(piece)
-            if position % block_size == 0 or position == stop:
-                offset = (position - 1) // block_size * block_size
-                layout = _tell_layout(Extent(offset, position - offset), holes, block_size, grain) if holes else ""
-                found.append(BlockDigest(offset, hasher.hexdigest() + layout))
-                hasher = new_hasher()
+    with file.reading([Extent(start, stop - start)]):
+        for chunk in file.chunks(extents, holes=holes):
+            for cut in range(0, len(chunk), block_size):
+                piece = chunk[cut : cut + block_size]
+                hasher.update(piece)
+                position += len(piece)
+                if position % block_size == 0 or position == stop:
+                    offset = (position - 1) // block_size * block_size
+                    layout = _tell_layout(Extent(offset, position - offset), holes, block_size, grain) if holes else ""
+                    found.append(BlockDigest(offset, hasher.hexdigest() + layout))
+                    hasher = new_hasher()
     return found
 
 

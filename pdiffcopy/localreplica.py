@@ -24,6 +24,7 @@ from pdiffcopy.files.room import get_room
 from pdiffcopy.files.staging import NewVersion
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
+from pdiffcopy.pace import UNLIMITED
 from pdiffcopy.replica import Reading, Replica, Staged
 
 
@@ -31,6 +32,8 @@ class LocalReplica(Replica):
     """A file of this machine."""
 
     is_near = True
+    pace = UNLIMITED
+    """How fast the bytes pass that are read from here."""
 
     def __init__(
         self,
@@ -121,12 +124,13 @@ class LocalReplica(Replica):
                 extents = [file.clip(extent) for extent in extents]
             else:
                 self._check_range(file, extents)
-            digest = file.digest(extents) if state_digest else ""
-            yield Reading(Stored(file, extents), digest, size=total_size(extents))
+            with file.reading(extents):
+                digest = file.digest(extents) if state_digest else ""
+                yield Reading(Stored(file, extents, self.pace), digest, size=total_size(extents))
 
     def digest(self, extents: Sequence[Extent]) -> str:
         """See :meth:`Replica.digest`."""
-        with self._open() as file:
+        with self._open() as file, file.reading(extents):
             return file.digest(extents)
 
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
@@ -177,7 +181,7 @@ class LocalReplica(Replica):
     def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""
         with ExitStack() as stack:
-            version = stack.enter_context(NewVersion(self.filename, self.namespace, begins=not self.file_id))
+            version = stack.enter_context(NewVersion(self.filename, self.namespace, not self.file_id, self.drop))
             old = stack.enter_context(version.open_old(self.file_id)) if self.file_id else None
             new = stack.enter_context(version.begun(mode, old))
             new.is_awaited = self.is_awaited
@@ -200,7 +204,7 @@ class LocalReplica(Replica):
 
     def _open(self, write: bool = False) -> LocalFile:
         try:
-            file = LocalFile(self.filename, write, self.namespace, self.file_id, self.flush)
+            file = LocalFile(self.filename, write, self.namespace, self.file_id, self.flush, self.drop)
         except ReplacedError as e:
             raise self.describe_replacement(e) from e
         file.is_awaited = self.is_awaited

@@ -16,6 +16,7 @@ import coloredlogs
 from humanfriendly import InvalidSize, parse_size
 
 from pdiffcopy.exceptions import UsageError
+from pdiffcopy.pace import LEAST_RATE
 
 
 def _parse_text(option: str, value: str) -> str:
@@ -31,6 +32,14 @@ def _parse_size(option: str, value: str) -> int:
         raise UsageError(
             "{option} needs a size like 65536, 64KiB or 4MiB, not {value}", option=option, value=repr(value)
         ) from None
+
+
+def _parse_rate(option: str, value: str) -> int:
+    rate = _parse_size(option, value)
+    if rate < LEAST_RATE:
+        text = "{option} has to be at least {least} (bytes a second, or something like 10MiB), not {value}"
+        raise UsageError(text, option=option, least=LEAST_RATE, value=repr(value))
+    return rate
 
 
 def _parse_number(option: str, value: str) -> int:
@@ -89,6 +98,8 @@ OPTIONS: dict[str, tuple[str, str, Callable[[str, str], Any] | None]] = {
     "--times": ("client", "times", None),
     "--owner": ("client", "owner", None),
     "--group": ("client", "group", None),
+    "--bwlimit": ("both", "bwlimit", _parse_rate),
+    "--drop-cache": ("client", "drop_cache", None),
     "--sparse": ("client", "sparse", _parse_text),
     "--timeout": ("client", "timeout", _parse_seconds),
     "--retries": ("client", "retries", _parse_number),

@@ -57,6 +57,7 @@ class InfoRequest(Request):
     verb, endpoint, action = "GET", "info", "info"
 
     run: str = word(RUN, "")
+    drop: bool = word(Flag(), False)
 
 
 class HashesRequest(Request):
@@ -72,6 +73,7 @@ class HashesRequest(Request):
     grain: int = word(Integer(0, MAX_BLOCK_SIZE), 0)
     """The size of the smallest hole that matters (0: none does, and a hole is hashed like anything else)."""
     flush: bool = word(Flag(), False)
+    drop: bool = word(Flag(), False)
 
     def check(self) -> None:
         """Refuse what makes no sense together."""
@@ -112,6 +114,7 @@ class PiecesRequest(Request):
     size: int = word(Integer(MIN_PIECE, MAX_PIECE))
     method: str = word(Text())
     flush: bool = word(Flag(), False)
+    drop: bool = word(Flag(), False)
 
     def check(self) -> None:
         """Refuse what makes no sense together."""
@@ -135,6 +138,7 @@ class ReadRequest(Request):
     digest: bool = word(Flag(), False)
     data: bool = word(Flag(), True)
     flush: bool = word(Flag(), False)
+    drop: bool = word(Flag(), False)
 
     @classmethod
     def of(cls, extents: Sequence[Extent], **words: Any) -> ReadRequest:
@@ -172,6 +176,7 @@ class WriteRequest(Request):
     method: str = word(Text(), METHOD)
     """The hash method of these blocks."""
     run: str = word(RUN, "")
+    drop: bool = word(Flag(), False)
     digest: str = word(DIGEST, "", header=DIGEST_HEADER)
 
     @classmethod
@@ -208,6 +213,7 @@ class ClearRequest(Request):
     packed: tuple[Extent, ...] = word(Packed(MAX_OFFSET))
     keep: bool = word(Flag(), False)
     run: str = word(RUN, "")
+    drop: bool = word(Flag(), False)
 
     def check(self) -> None:
         """Refuse what would take too long."""
@@ -286,6 +292,7 @@ class StageRequest(Request):
     run: str = word(RUN)
     mode: int = word(Integer(0, MAX_MODE), DEFAULT_MODE)
     takes: int = word(Integer(), 0)
+    drop: bool = word(Flag(), False)
 
 
 class CommitRequest(Request):

@@ -68,6 +68,8 @@ class Replica(ABC):
     """Whether a replacement means that the source has changed."""
     flush = False
     """Whether dirty pages are written back before they are read, so that a later change through a mapping shows."""
+    drop = False
+    """Whether what wasn't in the page cache leaves it again when it has been read or written."""
 
     def pinned(self, file_id: str, is_source: bool = False) -> Replica:
         """Return the same replica, but it has to be a certain file from now on."""

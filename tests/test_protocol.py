@@ -85,7 +85,7 @@ WORDS = {
     "digest": st.just("0123456789abcdef" * 2),
     "grain": st.just(512),
     "depth": st.integers(0, MAX_DEPTH),
-    **dict.fromkeys(["checks", "flush", "data", "create", "keep", "in_advance"], st.booleans()),
+    **dict.fromkeys(["checks", "flush", "drop", "data", "create", "keep", "in_advance"], st.booleans()),
 }
 
 
@@ -117,7 +117,7 @@ def test_requests_are_values():
     assert one == HashesRequest(method="md5", filename="/a") and hash(one) == hash(HashesRequest(method="md5", **FILE))
     assert one != HashesRequest(filename="/b", method="md5") and InfoRequest(**FILE) != ReleaseRequest(**FILE, run="1")
     assert one.changed(checks=True) == HashesRequest(filename="/a", method="md5", checks=True) != one
-    assert repr(InfoRequest(**FILE)) == "InfoRequest(filename='/a', file_id='', within='', run='')"
+    assert repr(InfoRequest(**FILE)) == "InfoRequest(filename='/a', file_id='', within='', run='', drop=False)"
     with pytest.raises(AttributeError, match="HashesRequest never changes"):
         one.offset = 1
 

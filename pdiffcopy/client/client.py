@@ -22,6 +22,7 @@ from pdiffcopy.client.run import Run
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.entries import Kind
 from pdiffcopy.exceptions import UsageError
+from pdiffcopy.pace import make_pace
 
 if TYPE_CHECKING:
     from pdiffcopy.client.benchmark import Measurement
@@ -53,6 +54,11 @@ class Client(PropertyManager):
         return BLOCK_SIZE
 
     @mutable_property
+    def bwlimit(self) -> int:
+        """How many bytes of contents may move in a second (an integer, defaults to 0: as many as can)."""
+        return 0
+
+    @mutable_property
     def concurrency(self) -> int:
         """The number of parallel processes that the client is allowed to start."""
         return DEFAULT_CONCURRENCY
@@ -61,6 +67,11 @@ class Client(PropertyManager):
     def delta_transfer(self) -> bool:
         """Whether delta transfer is enabled (a boolean, defaults to :data:`True`)."""
         return True
+
+    @mutable_property
+    def drop_cache(self) -> bool:
+        """Whether what wasn't in the page cache, on either side, leaves it again (defaults to :data:`False`)."""
+        return False
 
     @mutable_property
     def dry_run(self) -> bool:
@@ -213,7 +224,7 @@ class Client(PropertyManager):
         from pdiffcopy.client.many import bring_all
         from pdiffcopy.client.selection import Rule, select_files, select_tree
 
-        with Servers(self.network) as servers:
+        with self._make_servers() as servers:
             sources = [location.address for location in self.sources]
             if not (sources and self.target):
                 raise UsageError("A client needs sources and a target")
@@ -257,17 +268,22 @@ class Client(PropertyManager):
     def _running(self, offsets: list[int] | None = None) -> Iterator[tuple[Run, Job]]:
         if not (self.source and self.target):
             raise UsageError("A client needs a source and a target")
-        with Servers(self.network) as servers:
+        with self._make_servers() as servers:
             options, is_given = self._get_options(), offsets is not None
             job = Job(self.source.address, self.target.address, options, servers, is_given)
             yield Run(options, servers, offsets, self.progress), job
+
+    def _make_servers(self) -> Servers:
+        return Servers(self.network, make_pace(self.bwlimit), self.drop_cache)
 
     def _get_options(self) -> Options:
         return Options(
             atomic=self.atomic,
             block_size=self.block_size,
+            bwlimit=self.bwlimit,
             concurrency=self.concurrency,
             delta_transfer=self.delta_transfer,
+            drop_cache=self.drop_cache,
             dry_run=self.dry_run,
             fsync=self.fsync,
             group=self.group,

@@ -19,7 +19,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.ssl_ import create_urllib3_context
 
 from pdiffcopy import __version__
-from pdiffcopy.files.sockets import allow_kernel_encryption, get_socket_options
+from pdiffcopy.files.sockets import allow_kernel_encryption, get_socket_options, wait_for_answer
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.security import check_authority
 
@@ -86,6 +86,7 @@ class _SendsFiles:
     def send(self, data: Any) -> None:
         if isinstance(data, Stored):
             data.send(self.sock)
+            wait_for_answer(self.sock)
         else:
             super().send(data)  # type: ignore[misc]
 

@@ -37,6 +37,7 @@ from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.sockets import receive_rest
 from pdiffcopy.files.splice import Chunk, Piped
 from pdiffcopy.files.stored import Stored
+from pdiffcopy.pace import UNLIMITED, Pace
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
 from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_digest
@@ -54,15 +55,17 @@ _MAX_DOCUMENT = 1024 * 1024
 class HttpServer:
     """A server that is reached over HTTP, encrypted or not (a :class:`.Server`)."""
 
-    def __init__(self, address: Address, network: Network):
+    def __init__(self, address: Address, network: Network, pace: Pace = UNLIMITED):
         """
         Initialize a server (it isn't contacted yet).
 
         :param address: The address of any file behind it.
         :param network: How to talk to it.
+        :param pace: How fast the contents of files may come from there.
         """
         self.address = address._replace(filename="")
         self.network = network
+        self.pace = pace
         self.peer: PeerInfo | None = None
         self._sessions: dict[int, requests.Session] = {}
 
@@ -129,7 +132,7 @@ class HttpServer:
                 headers=headers, stream=True, allow_redirects=False,
                 timeout=(self._connect_timeout, self.network.timeout),
             ) as response:  # fmt: skip
-                answer = HttpAnswer(url, response, self.network.timeout)
+                answer = HttpAnswer(url, response, self.network.timeout, self.pace)
                 is_ours = self._check(answer, headers[REQUEST_HEADER])
                 if answer.status not in expect or (answer.status >= 400 and not is_ours):
                     fail(url, request, answer.status, decode_problem(answer.read_document()), is_ours)
@@ -181,12 +184,13 @@ class HttpServer:
 class HttpAnswer:
     """A response to a request (an :class:`.Answer`)."""
 
-    def __init__(self, url: str, response: requests.Response, timeout: float):
+    def __init__(self, url: str, response: requests.Response, timeout: float, pace: Pace = UNLIMITED):
         """
         Look at the head of a response.
 
         :param url: The file that it is about.
         :param timeout: How long its body may show no sign of life, in seconds.
+        :param pace: How fast the bytes of a file may come.
         :raises: :exc:`.TransientError` when the head is damaged, so that it may not tell where the body ends.
         """
         self.url = url
@@ -194,6 +198,7 @@ class HttpAnswer:
         self.is_signed = False
         self._response = response
         self._timeout = timeout
+        self._pace = pace
         ends = {"content-length", "transfer-encoding"} & {name.lower() for name in response.headers}
         if not ends and response.raw.version == 11 and response.headers.get("Connection", "").lower() != "close":
             raise self._make_damage_error()
@@ -240,14 +245,15 @@ class HttpAnswer:
             original.close()
             raw.release_conn()
             return
-        while chunk := raw.read(CHUNK_SIZE):
+        while chunk := raw.read(min(CHUNK_SIZE, self._pace.step)):
             yield chunk
+            self._pace.take(len(chunk))
 
     def _receive(self, original: HTTPResponse, size: int) -> Iterator[Chunk]:
         """Take what was read together with the header, then receive the rest without a detour."""
         ahead = original.fp.read(len(original.fp.peek(1)[:size]))
         raw: Any = original.fp.raw
-        yield from receive_rest(raw._sock, ahead, size, self._timeout)
+        yield from receive_rest(raw._sock, ahead, size, self._timeout, self._pace)
 
 
 class _Body:

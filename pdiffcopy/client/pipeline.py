@@ -215,11 +215,12 @@ class _Transfer:
 
     def run(self) -> int:
         """Transfer the batch, and tell how many times a difference was found afterwards."""
-        while not self._attempt():
+        is_divisible, most = self.verification is not Verification.BY_HASHES, self.plan.largest_move
+        while (is_divisible and self.batch.size > most) or not self._attempt():
             # The digests that were compared don't tell of halves: from now on the source reads what it sends.
             if self.verification is Verification.BLOCKWISE:
                 self.verification = Verification.STATED
-            if self.batch.size > SMALLEST_BATCH and self.verification is not Verification.BY_HASHES:
+            if is_divisible and self.batch.size > min(SMALLEST_BATCH, most):
                 return self.mismatches + sum(half.run() for half in self._halve())
         return self.mismatches
 

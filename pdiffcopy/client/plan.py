@@ -11,10 +11,14 @@ from pdiffcopy.blocks import FileInfo, Metadata
 from pdiffcopy.client.delta import Batch, Sparse
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.hashing import find_method
+from pdiffcopy.pace import SLOW_RATE
 from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
 
 AUTO, FAST, COMMON = "auto", "blake3", "sha1"
 """The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
+
+LEAST_MOVE = 4096
+"""How many bytes may move in one go at any rate."""
 
 SPARSE_CHOICES = tuple(choice.value for choice in Sparse if choice is not Sparse.IGNORED)
 
@@ -35,6 +39,8 @@ class Options(NamedTuple):
     times: bool
     owner: bool
     group: bool
+    bwlimit: int
+    drop_cache: bool
 
     def select(self, metadata: Metadata) -> Metadata:
         """Pick the metadata that the target is to have."""
@@ -51,6 +57,16 @@ class Options(NamedTuple):
     def wants_metadata(self) -> bool:
         """Whether the target is to have any metadata of the source."""
         return self.perms or self.times or self.owner or self.group
+
+    @property
+    def workers(self) -> int:
+        """How many processes move data: fewer where each of them would be slow."""
+        return min(self.concurrency, max(self.bwlimit // SLOW_RATE, 1)) if self.bwlimit else self.concurrency
+
+    @property
+    def largest_move(self) -> int:
+        """How many bytes move in one go at most: few where they are slow, or they would look like a stall."""
+        return max(self.bwlimit // 4, LEAST_MOVE) if 0 < self.bwlimit < SLOW_RATE else MAX_BLOCK_SIZE
 
     def checked(self) -> Options:
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
@@ -109,6 +125,8 @@ class Plan(NamedTuple):
     piece_size: int = 0
     """In how large pieces changed blocks are compared once more, in bytes (0: they aren't)."""
     max_extents: int = MAX_EXTENTS
+    largest_move: int = MAX_BLOCK_SIZE
+    """How many bytes move in one go at most."""
     sparse: Sparse = Sparse.IGNORED
     grain: int = 0
     """The size of the smallest hole that matters, in bytes."""

@@ -17,6 +17,7 @@ from pdiffcopy.features import (
     FEATURE_ATOMIC,
     FEATURE_BLOCKWISE,
     FEATURE_DIGEST,
+    FEATURE_DROP,
     FEATURE_EXTENTS,
     FEATURE_METADATA,
     FEATURE_PIECES,
@@ -105,6 +106,9 @@ class Planner:
         if self.options.sparse != Sparse.AUTO.value:
             for side in (source, target):
                 self._demand(side, FEATURE_SPARSE, f"--sparse={self.options.sparse}")
+        if self.options.drop_cache:
+            for side in (source, target):
+                self._demand(side, FEATURE_DROP, "--drop-cache")
         self._check_metadata()
         if self.options.atomic:
             self._check_atomic()
@@ -166,6 +170,7 @@ class Planner:
             delta=delta,
             verification=self._choose_verification(delta),
             piece_size=self._choose_piece_size() if delta else 0,
+            largest_move=options.largest_move,
             max_extents=self.max_extents,
             sparse=sparse,
             grain=grain,

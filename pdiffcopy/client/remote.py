@@ -84,7 +84,7 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.info`."""
 
         def ask() -> tuple[FileInfo, PeerInfo]:
-            request = InfoRequest(filename=self.filename, within=self.within, run=run)
+            request = InfoRequest(filename=self.filename, within=self.within, run=run, drop=self.drop)
             with self.server.exchange(request, expect=(200, 404)) as answer:
                 info, peer = decode_info(answer.read_document(), exists=answer.status == 200)
                 if FEATURE_ANSWER in peer.features and not answer.is_signed:
@@ -140,8 +140,9 @@ class RemoteReplica(Replica):
         end = self._get_size() if stop is None else stop
         patience, position = self.server.get_patience(), start
         request = self._make(
-            HashesRequest, block_size=block_size, method=method, concurrency=concurrency, flush=self.flush
-        )
+            HashesRequest, block_size=block_size, method=method, concurrency=concurrency, flush=self.flush,
+            drop=self.drop,
+        )  # fmt: skip
         if grain:
             request = request.changed(grain=grain, checks=True)
         while position < end:
@@ -185,7 +186,8 @@ class RemoteReplica(Replica):
         digests = []
         for start in range(0, len(extents), MAX_EXTENTS):
             part = tuple(extents[start : start + MAX_EXTENTS])
-            request = self._make(PiecesRequest, extents=part, size=size, method=method, flush=self.flush)
+            words = {"size": size, "method": method, "flush": self.flush, "drop": self.drop}
+            request = self._make(PiecesRequest, extents=part, **words)
             document = self._ask(request)
             length, rest = divmod(len(document), sum(count_blocks(extent.size, size) for extent in part))
             if rest or not length:
@@ -204,7 +206,7 @@ class RemoteReplica(Replica):
             yield Reading([])
             return
         size = total_size(extents)
-        request = self._make(ReadRequest.of, extents, flush=self.flush, digest=state_digest)
+        request = self._make(ReadRequest.of, extents, flush=self.flush, drop=self.drop, digest=state_digest)
         with self._exchange(request) as answer:
             digest = answer.get_digest() if state_digest else ""
             yield Reading(answer.read_exactly(size), digest, size=size)
@@ -218,14 +220,14 @@ class RemoteReplica(Replica):
 
     def digest(self, extents: Sequence[Extent]) -> str:
         """See :meth:`.Replica.digest`."""
-        request = self._make(ReadRequest.of, extents, flush=self.flush, digest=True, data=False)
+        request = self._make(ReadRequest.of, extents, flush=self.flush, drop=self.drop, digest=True, data=False)
         with self._exchange(request) as answer:
             return answer.get_digest()
 
     def write(self, extents: Sequence[Extent], reading: Reading, run: str = "") -> None:
         """See :meth:`.Replica.write`."""
         stated = {"digest": reading.digest, "block_size": reading.block_size, "method": reading.method}
-        request = self._make(WriteRequest.of, extents, run=run, **stated)
+        request = self._make(WriteRequest.of, extents, run=run, drop=self.drop, **stated)
         body = Reading(reading.chunks, size=total_size(extents))
         with self._exchange(request, body) as answer:
             document = answer.read_document()
@@ -236,7 +238,7 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.clear`."""
         for start in range(0, len(extents), MAX_PACKED):
             part = tuple(extents[start : start + MAX_PACKED])
-            request = self._make(ClearRequest, packed=part, keep=keep, run=run)
+            request = self._make(ClearRequest, packed=part, keep=keep, run=run, drop=self.drop)
             if not decode_flag(self._ask(request), CLEARED):
                 return False
         return True
@@ -274,7 +276,8 @@ class RemoteReplica(Replica):
     def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""
         # It isn't repeated: what the server still does for the first request would get in the way of the second.
-        return Staged(*decode_staged(self._await(self._make(StageRequest, run=run, mode=mode, takes=takes))))
+        request = self._make(StageRequest, run=run, mode=mode, takes=takes, drop=self.drop)
+        return Staged(*decode_staged(self._await(request)))
 
     def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
         """See :meth:`.Replica.commit`."""

@@ -18,18 +18,19 @@ from pdiffcopy.exceptions import DependencyError, UsageError
 from pdiffcopy.files.names import MACHINE, Namespace, make_absolute
 from pdiffcopy.hashing import Hashers
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.pace import UNLIMITED, Pace
 from pdiffcopy.replica import Replica
 
 
-def _open_http(address: Address, network: Network) -> Server:
+def _open_http(address: Address, network: Network, pace: Pace) -> Server:
     try:
         from pdiffcopy.client.http import HttpServer
     except ImportError as e:
         raise DependencyError.of("client", e) from e
-    return HttpServer(address, network)
+    return HttpServer(address, network, pace)
 
 
-SCHEMES: dict[str, Callable[[Address, Network], Server]] = {"http": _open_http, "https": _open_http}
+SCHEMES: dict[str, Callable[[Address, Network, Pace], Server]] = {"http": _open_http, "https": _open_http}
 """How to reach a server, for each scheme of an address."""
 
 
@@ -60,14 +61,16 @@ class Servers:
     do if they have been asked already.
     """
 
-    def __init__(self, network: Network, combines: bool = False):
+    def __init__(self, network: Network, pace: Pace = UNLIMITED, drop: bool = False, combines: bool = False):
         """
         Initialize a collection in which there are none.
 
         :param network: How to talk to them.
+        :param pace: How fast the contents of all sources together may come.
+        :param drop: Whether what wasn't in a page cache leaves it again.
         :param combines: Whether many threads ask for many small things.
         """
-        self.network, self.combines = network, combines
+        self.network, self.pace, self.drop, self.combines = network, pace, drop, combines
         self._servers: dict[str, Server] = {}
 
     def __enter__(self) -> Servers:
@@ -89,14 +92,21 @@ class Servers:
 
         :raises: :exc:`.DependencyError` when it is remote and the requirements of the client aren't installed.
         """
+        replica = self._open(address)
+        replica.drop = self.drop
+        return replica
+
+    def _open(self, address: Address) -> Replica:
         if address.is_near:
             namespace = _contain(address.within) if address.within else MACHINE
             # Made only now, since what goes to a process that is spawned can have no locks.
             hashers = Hashers(0) if self.combines else None
-            return LocalReplica(make_absolute(address.filename), namespace, hashers)
+            replica = LocalReplica(make_absolute(address.filename), namespace, hashers)
+            replica.pace = self.pace
+            return replica
         if address.origin not in self._servers:
             if address.scheme not in SCHEMES:
                 raise UsageError("There is no way to reach {address}", address=str(address))
-            server = SCHEMES[address.scheme](address, self.network)
+            server = SCHEMES[address.scheme](address, self.network, self.pace)
             self._servers[address.origin] = _combine(server) if self.combines else server
         return RemoteReplica(self._servers[address.origin], address.filename, address.within)

@@ -92,7 +92,7 @@ def _starting(
 
     :returns: The outcomes to come, and where orders for the generator process are sent to.
     """
-    count = options.concurrency
+    count = options.workers
     receiver, sender = Pipe(duplex=False)
     queue = make_queue(2 * count)
     pool = WorkerPool(
@@ -260,7 +260,7 @@ class _Worker:
         self.find, self.options, self.servers, self.reporter = find, options, servers, reporter
         self.is_alone = is_alone
         self.judge = Judge()
-        self.small = Servers(servers.network, combines=True)
+        self.small = Servers(servers.network, servers.pace, servers.drop, combines=True)
 
     def __call__(self, item: Work) -> Outcome:
         number, plan, work = item

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 
 OVERLAY = 0x794C7630
 """The type of an overlay file system (``OVERLAYFS_SUPER_MAGIC`` in linux/magic.h)."""
@@ -41,8 +42,8 @@ PSEUDO = frozenset(
 )
 """The types of file systems whose files aren't kept anywhere: the kernel makes them up (linux/magic.h)."""
 
-_WRITE_AND_WAIT = 0x1 | 0x2 | 0x4
-"""``SYNC_FILE_RANGE_WAIT_BEFORE | _WRITE | _WAIT_AFTER`` (linux/fs.h)."""
+_WRITE, _WRITE_AND_WAIT = 0x2, 0x1 | 0x2 | 0x4
+"""``SYNC_FILE_RANGE_WRITE``, and the same with ``_WAIT_BEFORE`` and ``_WAIT_AFTER`` (linux/fs.h)."""
 _NO_FALLOCATE = frozenset([errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL])
 """How file systems refuse it that don't have it (fallocate(2))."""
 _PUNCH_HOLE = 0x1 | 0x2
@@ -61,6 +62,11 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _libc.lseek.argtypes, _libc.lseek.restype = (ctypes.c_int, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.mmap.restype = ctypes.c_ssize_t  # MAP_FAILED is -1
+
+_LOWEST_BITS = bytes(value & 1 for value in range(256))
 
 
 def get_file_system(fd: int) -> int:
@@ -77,8 +83,14 @@ def write_back(fd: int, offset: int, size: int) -> None:
     A program that has mapped such a page faults at its next write there, and that moves the time of the file.
     """
     # An overlay has no pages of its own, and doesn't pass the call on. A sandbox may not know it.
-    if get_file_system(fd) == OVERLAY or not _write_range(fd, offset, size):
+    if get_file_system(fd) == OVERLAY or not _write_range(fd, offset, size, _WRITE_AND_WAIT):
         os.fdatasync(fd)
+
+
+def start_write_back(fd: int, offset: int, size: int) -> None:
+    """Let a part of a file get to the disk soon, where that's possible."""
+    with suppress(OSError):  # who waits for it learns of that
+        _write_range(fd, offset, size, _WRITE)
 
 
 def punch_hole(fd: int, offset: int, size: int) -> bool:
@@ -172,22 +184,30 @@ def count_cached_pages(fd: int, size: int) -> int:
     while (offset := seek(fd, offset, os.SEEK_DATA, size)) < size:
         offset -= offset % mmap.PAGESIZE
         length = min(_WINDOW, size - offset)
-        # A private mapping may be writable whatever the file is, and ctypes wants that to tell where it is.
-        with mmap.mmap(fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as view:
-            pages = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
-            anchor = ctypes.c_char.from_buffer(view)
-            try:
-                _check(_libc.mincore(ctypes.addressof(anchor), length, pages))
-            finally:
-                del anchor
-            count += sum(page & 1 for page in pages.raw)
+        count += find_cached_pages(fd, offset, length).count(1)
         offset += length
     return count
 
 
-def _write_range(fd: int, offset: int, size: int) -> bool:
+def find_cached_pages(fd: int, offset: int, size: int) -> bytes:
+    """
+    Find out which pages of a part of a file are in the page cache (mincore(2)).
+
+    :param offset: Where the part begins, a multiple of the size of a page.
+    :returns: A byte for each page: 1 if it's there, and for who neither owns the file nor may write to it, otherwise 0.
+    """
+    pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+    _check(address := _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset))
     try:
-        _check(_libc.sync_file_range(fd, offset, size, _WRITE_AND_WAIT))
+        _check(_libc.mincore(address, size, pages))
+    finally:
+        _libc.munmap(address, size)
+    return pages.raw.translate(_LOWEST_BITS)
+
+
+def _write_range(fd: int, offset: int, size: int, flags: int) -> bool:
+    try:
+        _check(_libc.sync_file_range(fd, offset, size, flags))
         return True
     except OSError as e:
         if e.errno not in (errno.ENOSYS, errno.EPERM):

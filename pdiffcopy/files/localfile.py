@@ -22,6 +22,7 @@ from pdiffcopy.files import kernel
 from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.holes import get_grain
 from pdiffcopy.files.openfile import OpenFile
+from pdiffcopy.files.pagecache import Change
 from pdiffcopy.files.splice import Chunk, Piped, spread
 
 
@@ -44,15 +45,22 @@ class LocalFile(OpenFile):
                  :exc:`.RangeError` when it has become too short for the run.
         """
         hasher = (hasher or new_hasher()) if digest else None
-        for offset, piece in spread(extents, chunks):
-            # Not around all of it: a sender that stalls must not keep another run from claiming the file.
-            with self.claims.writing(run):
-                if run:
-                    self._check_room(offset + len(piece))
-                self._write_piece(offset, piece, hasher)
+        with self.changing(extents) as change:
+            for offset, piece in spread(extents, chunks):
+                size = len(piece)
+                # Not around all of it: a sender that stalls must not keep another run from claiming the file.
+                with self.claims.writing(run):
+                    if run:
+                        self._check_room(offset + size)
+                    self._write_piece(offset, piece, hasher)
+                change.note(size)
         if hasher and hasher.hexdigest() != digest:
             text = "What lies in {filename} at offset {offset} isn't what was sent"
             raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
+
+    def changing(self, extents: Sequence[Extent]) -> Change:
+        """Surround the writing of extents, see :class:`.Change`."""
+        return Change(self.fd, self.filename, extents if self.drop else ())
 
     def _write_piece(self, offset: int, piece: memoryview | Piped, hasher: Any) -> None:
         """Write bytes, and read them back chunk by chunk: each is still in the cache of this core."""
@@ -67,7 +75,7 @@ class LocalFile(OpenFile):
                 hasher.update(buffer[:size])
                 offset += size
 
-    def clear(self, extents: Iterable[Extent], run: str = "", keep: bool = False) -> bool:
+    def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
         """
         Let extents become holes, or zeros that take room, and check what lies there afterwards.
 
@@ -75,17 +83,27 @@ class LocalFile(OpenFile):
         :returns: :data:`False` when the file system can't make holes, so that nothing (or not everything) was done.
         :raises: What :meth:`write` raises.
         """
-        for part in cut(extents, CHUNK_SIZE) if keep else extents:
-            if not keep and sum(part) <= self.size() and not any(self.extents(part.offset, sum(part))):
+        if keep:
+            self._write_zeros(extents, run)
+            return True
+        for part in extents:
+            if sum(part) <= self.size() and not any(self.extents(part.offset, sum(part))):
                 continue
             with self.claims.writing(run):
                 self._check_room(sum(part))
-                if keep:
-                    self._write_at(part.offset, ZEROED[: part.size])
-                elif not self._make_hole(part):
+                if not self._make_hole(part):
                     return False
             self._check_cleared(part)
         return True
+
+    def _write_zeros(self, extents: Sequence[Extent], run: str) -> None:
+        with self.changing(extents) as change:
+            for part in cut(extents, CHUNK_SIZE):
+                with self.claims.writing(run):
+                    self._check_room(sum(part))
+                    self._write_at(part.offset, ZEROED[: part.size])
+                self._check_cleared(part)
+                change.note(part.size)
 
     def _make_hole(self, extent: Extent) -> bool:
         if self.is_device:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from pdiffcopy.blocks import MAX_MODE, Extent, FileInfo, cut, intersect, subtract
@@ -25,14 +26,14 @@ from pdiffcopy.exceptions import (
     ReplacedError,
     translating,
 )
-from pdiffcopy.files import kernel
+from pdiffcopy.files import kernel, pagecache
 from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.claims import Claims
 from pdiffcopy.files.holes import find_extents, find_holes, get_grain
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
-from pdiffcopy.files.sockets import wait_for_room
+from pdiffcopy.files.sockets import send_all, wait_for_room
 
 F = TypeVar("F", bound="OpenFile")
 
@@ -52,6 +53,7 @@ class OpenFile:
         namespace: Namespace = MACHINE,
         file_id: str = "",
         flush: bool = False,
+        drop: bool = False,
     ):
         """
         Open a file.
@@ -61,10 +63,12 @@ class OpenFile:
         :param namespace: What the name means, and whether a block device will do.
         :param file_id: Which file it has to be (see :class:`.FileInfo`, by default any).
         :param flush: Whether dirty pages are written back before they are read (see :func:`.kernel.write_back`).
+        :param drop: Whether what wasn't in the page cache leaves it again (see :class:`.Visit`).
         :raises: :exc:`.ReplacedError` when it's another file, :exc:`.FileError` when the operating system refuses.
         """
         self.filename = filename
         self.flush = flush
+        self.drop = drop
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
         with translating("open", filename):
             path = namespace.open(filename, os.O_PATH | os.O_CLOEXEC)
@@ -78,6 +82,8 @@ class OpenFile:
             finally:
                 os.close(path)
         self.claims = Claims(self.fd, filename, self.is_device)
+        if drop:
+            pagecache.prepare(self.fd, filename, self.size())
 
     def _check_type(self, status: os.stat_result, fd: int, devices: bool) -> None:
         self.is_device = stat.S_ISBLK(status.st_mode)
@@ -169,17 +175,23 @@ class OpenFile:
                 done += count
         return done
 
-    def prepare(self, extents: Iterable[Extent]) -> None:
-        """Write back dirty pages of extents that are about to be read, if that is wanted (a device tells no time)."""
-        if self.flush and not self.is_device:
+    @contextmanager
+    def reading(self, extents: Sequence[Extent]) -> Iterator[None]:
+        """Do what has to be done before extents are read and afterwards, however often they are read in between."""
+        if self.flush and not self.is_device:  # a device tells no time
             with translating("write back the changed pages of", self.filename):
                 for extent in extents:
                     kernel.write_back(self.fd, *extent)
+        with pagecache.Visit(self.fd, self.filename, extents if self.drop else ()):
+            yield
 
-    def chunks(self, extents: Sequence[Extent], holes: Sequence[Extent] = ()) -> Iterator[memoryview]:
+    def chunks(
+        self, extents: Sequence[Extent], step: int = CHUNK_SIZE, holes: Sequence[Extent] = ()
+    ) -> Iterator[memoryview]:
         """
         Read extents.
 
+        :param step: How large a chunk is, if that's less than :data:`.CHUNK_SIZE`.
         :param holes: What is known to lie in holes, in ascending order: it isn't read.
         :returns: A generator of memory views, each of which is valid until the next one is asked for.
         :raises: :exc:`.FileError` when the file ends before an extent does, :exc:`.AbsentError` when nobody waits any
@@ -187,7 +199,7 @@ class OpenFile:
         """
         ahead, done = ReadAhead(self.fd, subtract(extents, holes) if holes else extents), 0
         with borrow_buffer() as buffer:
-            for chunk in cut(extents, CHUNK_SIZE):
+            for chunk in cut(extents, min(step, CHUNK_SIZE)):
                 if self.is_awaited and not self.is_awaited():
                     raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
                 ahead.advance(done)
@@ -213,10 +225,11 @@ class OpenFile:
         if self.read_into(view, offset) < len(view):
             raise self._too_short(offset + len(view))
 
-    def send(self, sock: socket.socket, extents: Sequence[Extent]) -> Iterator[int]:
+    def send(self, sock: socket.socket, extents: Sequence[Extent], step: int = sys.maxsize) -> Iterator[int]:
         """
         Send extents, without a detour through this program where the file system can do that.
 
+        :param step: How many bytes to send at a time, at most.
         :returns: A generator that sends a part of them at each step, and yields the size of that.
         :raises: :exc:`.FileError` when the file ends before that, :exc:`OSError` when the connection does, or when it
                  takes nothing for as long as its timeout allows.
@@ -224,24 +237,24 @@ class OpenFile:
         ahead, done = ReadAhead(self.fd, extents), 0
         for extent in extents:
             ahead.advance(done)
-            for size in self._send_extent(sock, extent):
+            for size in self._send_extent(sock, extent, step):
                 yield size
                 done += size
                 ahead.advance(done)
 
-    def _send_extent(self, sock: socket.socket, extent: Extent) -> Iterator[int]:
+    def _send_extent(self, sock: socket.socket, extent: Extent, step: int) -> Iterator[int]:
         offset, size = extent
         while size:
             try:
-                count = os.sendfile(sock.fileno(), self.fd, offset, size)
+                count = os.sendfile(sock.fileno(), self.fd, offset, min(size, step))
             except BlockingIOError:
                 wait_for_room(sock)
                 continue
             except (ConnectionError, TimeoutError):
                 raise
             except OSError:  # if that's the fault of the file, this tells more
-                for chunk in self.chunks([Extent(offset, size)]):
-                    sock.sendall(chunk)
+                for chunk in self.chunks([Extent(offset, size)], step):
+                    send_all(sock, chunk)
                     yield len(chunk)
                 return
             if not count:
@@ -256,7 +269,6 @@ class OpenFile:
     def digest(self, extents: Sequence[Extent]) -> str:
         """Compute the XXH128 digest of the bytes of some extents."""
         hasher = new_hasher()
-        self.prepare(extents)
         for chunk in self.chunks(extents):
             hasher.update(chunk)
         return hasher.hexdigest()

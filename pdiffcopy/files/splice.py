@@ -100,13 +100,14 @@ def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple
         raise ValueError("fewer bytes than the extents take")
 
 
-def receive(sock: int, size: int, timeout: float | None = None) -> Iterator[Piped]:
+def receive(sock: int, size: int, timeout: float | None = None, step: int = PIPE_SIZE) -> Iterator[Piped]:
     """
     Receive bytes into a pipe.
 
     :param sock: The descriptor of a stream socket that isn't encrypted.
     :param size: How many bytes to receive.
     :param timeout: How long to wait for some of them, in seconds (by default as long as it takes).
+    :param step: How many of them a chunk has at most.
     :returns: A generator of chunks, each of which has to be consumed before the next one is asked for.
     :raises: :exc:`OSError` when the connection ends early or nothing arrives for too long.
     """
@@ -116,7 +117,7 @@ def receive(sock: int, size: int, timeout: float | None = None) -> Iterator[Pipe
             fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
         with _watching(sock) as connection:
             while size:
-                held = _fill(connection, sink, min(size, PIPE_SIZE), timeout)
+                held = _fill(connection, sink, min(size, step, PIPE_SIZE), timeout)
                 yield Piped(source, held)
                 size -= held
     finally:

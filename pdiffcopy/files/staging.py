@@ -78,14 +78,16 @@ def _name_beside(name: str) -> str:
 class NewVersion:
     """The new version of a file (a context manager)."""
 
-    def __init__(self, filename: str, namespace: Namespace, begins: bool = False):
+    def __init__(self, filename: str, namespace: Namespace, begins: bool = False, drop: bool = False):
         """
         Find its place.
 
         :param filename: The absolute name of the file. What a symbolic link leads to is replaced, and not the link.
         :param namespace: What the name means.
         :param begins: Whether the folders that lead to it are made where they are missing.
+        :param drop: Whether what wasn't in the page cache leaves it again, see :mod:`.pagecache`.
         """
+        self.drop = drop
         with translating("find", filename):
             self.old = follow_links(filename, namespace)
         folder, self.base = os.path.split(self.old)
@@ -110,7 +112,7 @@ class NewVersion:
 
         :raises: :exc:`.FileForbiddenError` where it can't be replaced, or those who do that couldn't write to it.
         """
-        old = LocalFile(self.old, namespace=self.folder, file_id=file_id)
+        old = LocalFile(self.old, namespace=self.folder, file_id=file_id, drop=self.drop)
         with translating("examine", self.old):
             status = os.fstat(old.fd)
             is_writable = os.access(f"/proc/self/fd/{old.fd}", os.W_OK, effective_ids=True)
@@ -149,7 +151,7 @@ class NewVersion:
         with translating("create", self.filename):
             self._remove_foreign(owners)
             made = self._create(OWNER_ONLY if old else most)
-        new = LocalFile(self.filename, write=True, namespace=self.folder)
+        new = LocalFile(self.filename, write=True, namespace=self.folder, drop=self.drop)
         with translating("open", self.filename):
             status = os.fstat(new.fd)
             if identify(status) == made:
@@ -290,8 +292,10 @@ def _copy(old: LocalFile, new: LocalFile, run: str) -> None:
     for part in cut(old.extents(start, stop), _STEP):
         if new.is_awaited and not new.is_awaited():
             raise AbsentError("Nobody waits for {filename} any more", filename=new.filename)
-        with new.claims.writing(run), translating("copy", old.filename):
-            _copy_part(old, new, part)
+        with new.changing([part]) as change, old.reading([part]):
+            with new.claims.writing(run), translating("copy", old.filename):
+                _copy_part(old, new, part)
+            change.note(part.size)
     with new.claims.writing(run):
         new.resize(stop)
 

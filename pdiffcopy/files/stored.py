@@ -7,40 +7,46 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.files.openfile import OpenFile
-from pdiffcopy.files.sockets import full_packets, takes_plaintext
+from pdiffcopy.files.sockets import full_packets, send_all, takes_plaintext
 from pdiffcopy.files.splice import Chunk
+from pdiffcopy.pace import UNLIMITED, Pace
 
 
 class Stored:
     """Bytes in an open file: chunks like any others, or sent as a whole."""
 
-    def __init__(self, file: OpenFile, extents: Sequence[Extent]):
+    def __init__(self, file: OpenFile, extents: Sequence[Extent], pace: Pace = UNLIMITED):
         """
         Initialize a chunk source.
 
         :param file: The file, which has to stay open.
         :param extents: Where the bytes are.
+        :param pace: How fast they may pass.
         """
         self.file = file
         self.extents = extents
+        self.pace = pace
         self.count: Callable[[int], object] = int  # nobody is told
 
     def __iter__(self) -> Iterator[memoryview]:
-        self.file.prepare(self.extents)
-        for chunk in self.file.chunks(self.extents):
+        for chunk in self.file.chunks(self.extents, self.pace.step):
             yield chunk
-            self.count(len(chunk))
+            self._pass(len(chunk))
+
+    def _pass(self, size: int) -> None:
+        self.count(size)
+        self.pace.take(size)
 
     def send(self, sock: socket.socket) -> None:
         """Send all of them through a socket, encrypted or not, see :meth:`OpenFile.send`."""
         with full_packets(sock):
-            if not takes_plaintext(sock):
+            # What a socket holds of a file by reference can't leave the page cache before it has arrived.
+            if self.file.drop or not takes_plaintext(sock):
                 for chunk in self:
-                    sock.sendall(chunk)
+                    send_all(sock, chunk)
                 return
-            self.file.prepare(self.extents)
-            for size in self.file.send(sock, self.extents):
-                self.count(size)
+            for size in self.file.send(sock, self.extents, self.pace.step):
+                self._pass(size)
 
 
 def counted(chunks: Iterable[Chunk], count: Callable[[int], None]) -> Iterable[Chunk]:

@@ -62,4 +62,5 @@ def start_server(
         open_access_log(access_log)
     warn_of_strangers(host, settings.token, settings.root, settings.read_only)
     gate = Gate(settings.token, (*settings.allow_hosts, host))
-    Daemon(create_app(settings, gate), (host, port), concurrency, certfile, keyfile, gate).run()
+    application = create_app(settings, gate)
+    Daemon(application, (host, port), concurrency, certfile, keyfile, settings.bwlimit, gate).run()

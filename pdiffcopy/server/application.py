@@ -43,6 +43,7 @@ from pdiffcopy.files.confinement import Root, contain
 from pdiffcopy.files.names import Namespace
 from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.pace import make_pace
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Headers, Request
 from pdiffcopy.server.accesslog import log_access
@@ -74,6 +75,8 @@ class Settings:
     """Whether clients may set the bits that let a program run as its owner."""
     allow_hosts: tuple[str, ...] = ()
     """The names by which clients may call the server, see :class:`.Gate`."""
+    bwlimit: int = 0
+    """How many bytes of contents may pass in a second, over all clients and processes together (0: any number)."""
 
 
 def create_app(settings: Settings, gate: Gate | None = None) -> Flask:
@@ -105,6 +108,7 @@ class _Views:
     def __init__(self, settings: Settings, gate: Gate):
         self.settings = settings
         self.gate = gate
+        self.pace = make_pace(settings.bwlimit)  # before the processes are forked that share it
         devices = settings.devices
         self.namespace = Root(settings.root, devices) if settings.root else Namespace(devices)
 
@@ -128,7 +132,8 @@ class _Views:
         request = kind.decode(query, headers)
         namespace = contain(self.namespace, request.within)
         replica = LocalReplica(request.filename, namespace, _HASHERS, watch_client(flask.request.environ))
-        replica.file_id, replica.flush = request.file_id, getattr(request, "flush", False)
+        replica.file_id, replica.pace = request.file_id, self.pace
+        replica.flush, replica.drop = getattr(request, "flush", False), getattr(request, "drop", False)
         return getattr(self, kind.action)(request, replica)
 
     def many(self, request: protocol.ManyRequest, replica: LocalReplica) -> Any:
@@ -222,7 +227,7 @@ class _Views:
         """``POST /blocks``"""
         length = flask.request.content_length
         extents = request.get_extents(length)
-        body = read_body(flask.request.environ, length or 0)
+        body = read_body(flask.request.environ, length or 0, self.pace)
         replica.write(extents, Reading(body, request.digest, request.block_size, request.method), request.run)
         return {answers.VERIFIED: bool(request.digest)}
 

@@ -22,20 +22,22 @@ from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.sockets import receive_rest
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.files.stored import Stored
+from pdiffcopy.pace import UNLIMITED, Pace
 from pdiffcopy.server.accesslog import SENT
 
 
-def read_body(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
+def read_body(environ: dict[str, Any], length: int, pace: Pace = UNLIMITED) -> Iterator[Chunk]:
     """
     Read a request body.
 
     :param environ: The WSGI environment of the request.
     :param length: How many bytes the body has.
+    :param pace: How fast they may pass.
     :returns: A generator of chunks, each of which is valid until the next one is asked for.
     :raises: :exc:`.AbsentError` when the client sends less, or nothing for too long.
     """
     try:
-        yield from _receive(environ, length) if _is_direct(environ, length) else _read(environ, length)
+        yield from (_receive if _is_direct(environ, length) else _read)(environ, length, pace)
     except OSError as e:
         raise AbsentError("The body ended early: {reason}", reason=e.strerror or e) from e
 
@@ -90,13 +92,14 @@ def _get_socket(environ: dict[str, Any]) -> socket.socket | None:
     return sock if isinstance(sock, ssl.SSLSocket) or os.get_blocking(sock.fileno()) else None
 
 
-def _read(environ: dict[str, Any], length: int) -> Iterator[bytes]:
+def _read(environ: dict[str, Any], length: int, pace: Pace) -> Iterator[bytes]:
     while length:
-        chunk = environ["wsgi.input"].read(min(length, CHUNK_SIZE))
+        chunk = environ["wsgi.input"].read(min(length, CHUNK_SIZE, pace.step))
         if not chunk:
             raise AbsentError("The body ended early")
         length -= len(chunk)
         yield chunk
+        pace.take(len(chunk))
 
 
 def _is_direct(environ: dict[str, Any], length: int) -> bool:
@@ -112,11 +115,11 @@ def _is_direct(environ: dict[str, Any], length: int) -> bool:
     )
 
 
-def _receive(environ: dict[str, Any], length: int) -> Iterator[Chunk]:
+def _receive(environ: dict[str, Any], length: int, pace: Pace) -> Iterator[Chunk]:
     reader, sock = environ["wsgi.input"].reader, environ["gunicorn.socket"]
     # What arrived together with the header.
     ahead = reader.unreader.read(min(length, len(reader.unreader.buf.getvalue())))
-    for chunk in receive_rest(sock, ahead, length, _get_timeout(sock)):
+    for chunk in receive_rest(sock, ahead, length, _get_timeout(sock), pace):
         # Gunicorn looks at this to find out whether the next request follows.
         reader.length -= len(chunk)
         yield chunk

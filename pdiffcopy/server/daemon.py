@@ -40,8 +40,9 @@ class Daemon(BaseApplication):
     """A gunicorn server with the settings that pdiffcopy needs."""
 
     def __init__(
-        self, application: Flask, address: tuple[str, int], processes: int, certfile: str, keyfile: str, gate: Gate
-    ):
+        self, application: Flask, address: tuple[str, int], processes: int, certfile: str, keyfile: str, rate: int,
+        gate: Gate,
+    ):  # fmt: skip
         """
         Initialize a server.
 
@@ -50,10 +51,10 @@ class Daemon(BaseApplication):
         :param processes: How many processes share the work.
         :param certfile: The certificate to serve https with (empty for http).
         :param keyfile: The key of that certificate.
+        :param rate: How many bytes of contents may pass in a second (0: any number).
         :param gate: Who is a client.
         """
-        self.application = application
-        self.gate = gate
+        self.application, self.rate, self.gate = application, rate, gate
         host, port = address
         self.options = {
             "bind": join_host_port(host or "0.0.0.0", port),
@@ -75,10 +76,7 @@ class Daemon(BaseApplication):
         _check_address(host or "0.0.0.0", port)
         _raise_file_limit()
         super().__init__()
-        # All processes begin with this one: a certificate that is being replaced right then does no harm.
         self.contexts = _Contexts(self.cfg)
-        if self.cfg.is_ssl:
-            self.contexts.get()
 
     def load_config(self) -> None:
         """Called by gunicorn, older versions of which don't know all of these settings."""
@@ -142,6 +140,9 @@ class _Contexts:
         self.config = config
         self.files: list[int] = []
         self.context: ssl.SSLContext | None = None
+        # All processes begin with this one: a certificate that is being replaced right then does no harm.
+        if config.is_ssl:
+            self.get()
 
     def get(self) -> ssl.SSLContext:
         """The context for the next connection."""
@@ -210,7 +211,7 @@ def _when_ready(server: Any) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", visitors.STALL_TIMEOUT, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, visitors.STALL_TIMEOUT * 1000)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option in get_socket_options(sock.getsockname()[0]):
+        for option in get_socket_options(sock.getsockname()[0], server.app.rate):
             sock.setsockopt(*option)
 
 

@@ -37,13 +37,13 @@ import resource
 import selectors
 import socket
 import ssl
-import termios
 import time
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
+from pdiffcopy.files.sockets import count_moved, count_unconfirmed, count_unread
 from pdiffcopy.server import visitors
 from pdiffcopy.server.visitors import Host, Stage, Visitor
 
@@ -244,7 +244,7 @@ class Reception:
         self._forget(visitor)
         self.served[visitor] = None
         visitor.stage, visitor.patience = Stage.SERVED, visitors.STALL_TIMEOUT
-        visitor.moved = visitors.count_moved(visitor.sock)
+        visitor.moved = count_moved(visitor.sock)
         self.executors[visitor.is_client].submit(self._serve, visitor)
 
     def _serve(self, visitor: Visitor) -> None:
@@ -285,11 +285,11 @@ class Reception:
         """Find out whether the server waits for this client, and put an end to it when that takes too long."""
         sock = visitor.sock
         try:
-            is_unread = visitors.count_held(sock, termios.TIOCOUTQ) > 0
+            is_unread = count_unconfirmed(sock) > 0
             # A thread sleeps until so much is there (SO_RCVLOWAT, usually a byte), or all that's missing.
             enough = min(self.host.count_missing(visitor), sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
-            is_missing = visitors.count_held(sock, termios.FIONREAD) < enough
-            moved = visitors.count_moved(sock)
+            is_missing = count_unread(sock) < enough
+            moved = count_moved(sock)
         except (OSError, ValueError):
             return  # its thread has closed it
         gained, visitor.moved = moved - visitor.moved, moved

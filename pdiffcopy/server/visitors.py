@@ -7,11 +7,8 @@ for.
 
 from __future__ import annotations
 
-import fcntl
 import socket
-import struct
 import time
-from contextlib import suppress
 from enum import Enum
 from typing import Any, Protocol
 
@@ -104,16 +101,3 @@ class Host(Protocol):
 
     def count_missing(self, visitor: Visitor) -> int:
         """How many bytes of the body of the request haven't been read yet."""
-
-
-def count_held(sock: socket.socket, what: int) -> int:
-    """How many bytes a socket holds that weren't confirmed by the other end, or weren't read by this one."""
-    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), what, bytes(4)))[0])
-
-
-def count_moved(sock: socket.socket) -> int:
-    """How many bytes have arrived at either end of a connection (tcp(7): the kernel counts them)."""
-    with suppress(OSError, struct.error):
-        # Behind these 120 bytes struct tcp_info has two numbers of 64 bits, tcpi_bytes_acked and tcpi_bytes_received.
-        return sum(struct.unpack_from("QQ", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
-    return 0

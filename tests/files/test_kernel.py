@@ -63,7 +63,7 @@ def test_sandbox_without_the_call_gets_a_flush(file, monkeypatch):
 def test_failure_is_an_error():
     """With the number of the operating system."""
     with pytest.raises(OSError) as info:
-        kernel._write_range(-1, 0, 1)
+        kernel._write_range(-1, 0, 1, kernel._WRITE)
     assert info.value.errno == errno.EBADF
 
 
