@@ -21,6 +21,7 @@ def make_planner(size: int, block_size: int, features: frozenset[str] = FEATURES
     options = Options(
         block_size=block_size, concurrency=2, delta_transfer=True, dry_run=False, fsync=False, hash_method="sha1",
         verify=True, sparse="auto", atomic=False, perms=False, times=False, owner=False, group=False,
+        bwlimit=0, drop_cache=False,
     )  # fmt: skip
     source, target = (
         Side(LocalReplica(name), FileInfo(True, size, file_id=name), PeerInfo(features=features))
