@@ -11,7 +11,7 @@ Supported options:
   --runs=COUNT        how many rounds are measured (defaults to 5; what is slow gets fewer)
   --quick             64 MiB, one round: to see whether it works, the numbers mean nothing
   --only=NAME,...     only these groups: delta, cubic, https, small, cold, manners, scaling, wire, links, long,
-                      memory, sparse
+                      memory, sparse, atomic, many
   --directory=PATH    where to make the temporary folder
   --json=FILE         where to write all numbers
   --svg=FILE          where to draw the picture of the groups 'delta' and 'cubic'

@@ -19,12 +19,15 @@ class Contender:
     """Whom it talks to: :data:`PDIFFCOPY`, :data:`RSYNC` or :data:`NOBODY` (it gets the names of local files)."""
     hash: str | None = None
     """The hash method of a limit, empty for one that doesn't hash. :data:`None` for all others."""
+    takes_folders: bool = False
+    """Whether it makes folders equal, whose names end in a slash then."""
     leaves_target: bool = False
     """Whether it does something else than to make the target equal to the source."""
 
     def get_command(self, source: str, target: str) -> list[str]:
         """The command line that makes the target equal to the source."""
-        return [*self.arguments, source, target]
+        slash = "/" * self.takes_folders
+        return [*self.arguments, source + slash, target + slash]
 
     @property
     def tells_report(self) -> bool:
@@ -57,6 +60,12 @@ LIMITED, LIMITED_ONE, LIMITED_MANY = (
 )
 DROP = _pdiffcopy("pdiffcopy --drop-cache", "--drop-cache")
 RSYNC_DELTA, RSYNC_WHOLE = _rsync("delta", "--no-whole-file"), _rsync("-W", "--whole-file")
+ATOMIC = _pdiffcopy("pdiffcopy --atomic", "--atomic")
+TREE = Contender("pdiffcopy -r", (sys.executable, "-m", "pdiffcopy", "-r"), PDIFFCOPY, takes_folders=True)
+RSYNC_TREE, RSYNC_TREE_EQUAL, RSYNC_TREE_DELTA = (
+    Contender(" ".join(("rsync", *options)), ("rsync", *options), RSYNC, takes_folders=True)
+    for options in (("-r",), ("-r", "-I"), ("-r", "-I", "--no-whole-file"))
+)
 LIMIT = Contender("limit", (sys.executable, "-m", "benchmarks.limits"), NOBODY, "blake3")
 READERS = Contender("32 readers", (sys.executable, "-m", "benchmarks.readers", "32"), leaves_target=True)
 IMPORT_REQUESTS = Contender("import requests", (sys.executable, "-c", "import requests"), leaves_target=True)

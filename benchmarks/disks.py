@@ -10,6 +10,9 @@ from typing import Any
 
 from benchmarks.links import UnavailableError
 
+LEAST_SIZE = 512 * 1024**2
+"""An XFS isn't smaller than that."""
+
 
 class Disk:
     """An XFS, which allows files of up to 8 EiB (a context manager). It takes as much room as what is in it."""
@@ -23,7 +26,7 @@ class Disk:
         """
         self.image = folder / "disk.img"
         self.mountpoint = folder / "disk"
-        self.size = size
+        self.size = max(size, LEAST_SIZE)
 
     def __enter__(self) -> Path:
         if os.geteuid() or not shutil.which("mkfs.xfs"):

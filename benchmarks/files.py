@@ -85,22 +85,8 @@ class Pair:
             _sync(self.target)
         self.warm()
         if layout == MISSING:
-            self._use_memory()
+            use_memory(self.target.with_suffix(".scratch"), self.size)
         return sum(size for _, size in extents)
-
-    def _use_memory(self) -> None:
-        """
-        Use the memory that a new file is going to take, and free it.
-
-        What has been free for two seconds goes back to the hypervisor of a virtual machine (Linux calls that free page
-        reporting). To use it again takes up to seven times as long, which would hit one contender and spare the next.
-        """
-        scratch = self.target.with_suffix(".scratch")
-        with scratch.open("wb", buffering=0) as file:
-            for _ in range(0, self.size, BLOCK_SIZE):
-                file.write(bytes(BLOCK_SIZE))
-        time.sleep(REPORTING_DELAY)
-        scratch.unlink()
 
     def warm(self) -> None:
         """Read both files, so that they're in the page cache."""
@@ -159,7 +145,7 @@ class SparsePair(Pair):
         self.size, self.extents = size, extents
         self.source = folder / f"{name}-source.bin"
         self.target = folder / f"{name}-target.bin"
-        self._junk = random.Random(size).randbytes(_JUNK_SIZE)
+        self._junk = make_junk(size)
         _write(self.source, size, ((offset, self._get_junk(offset, length)) for offset, length in extents))
 
     def choose(self, layout: str, percent: float) -> list[tuple[int, int]]:
@@ -203,6 +189,27 @@ class SparsePair(Pair):
         if not self.target.exists() or self.target.stat().st_size != self.size:
             parts = ((offset, self._get_junk(offset, length)) for offset, length in self.extents)
             _write(self.target, self.size, parts)
+
+
+def make_junk(seed: int) -> bytes:
+    """Make what differs from any file."""
+    return random.Random(seed).randbytes(_JUNK_SIZE)
+
+
+def use_memory(scratch: Path, size: int) -> None:
+    """
+    Use the memory that something new is going to take, and free it.
+
+    What has been free for two seconds goes back to the hypervisor of a virtual machine (Linux calls that free page
+    reporting). To use it again takes up to seven times as long, which would hit one contender and spare the next.
+
+    :param scratch: A file that is created for that.
+    """
+    with scratch.open("wb", buffering=0) as file:
+        for _ in range(0, size, BLOCK_SIZE):
+            file.write(bytes(BLOCK_SIZE))
+    time.sleep(REPORTING_DELAY)
+    scratch.unlink()
 
 
 def scatter(size: int, total: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Bench, Case, Job
 from benchmarks.contenders import (
+    ATOMIC,
     DEFAULT,
     DROP,
     IMPORT_REQUESTS,
@@ -30,8 +31,10 @@ from benchmarks.contenders import (
     XXH128,
     Contender,
 )
+from benchmarks.disks import Disk
 from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair, scatter
 from benchmarks.links import Link, Machine, UnavailableError
+from benchmarks.many import measure_many
 from benchmarks.servers import LOOPBACK as LOOPBACK_ADDRESS
 from benchmarks.servers import (
     LimitedServer,
@@ -94,6 +97,8 @@ class Suite:
             "long": self.long,
             "memory": self.memory,
             "sparse": self.sparse,
+            "atomic": self.atomic,
+            "many": self.many,
         }
         self._pair: Pair | None = None
 
@@ -266,6 +271,20 @@ class Suite:
     def sparse(self) -> None:
         """Files that consist of holes for the most part, or of pages with holes."""
         measure_sparse(self.bench, self.servers[PDIFFCOPY], self.memory_size)
+
+    def atomic(self) -> None:
+        """New versions of files that begin as clones, against changes in place."""
+        with Disk(self.bench.folder, 4 * self.memory_size) as folder:
+            pair = Pair(folder, "versions", self.memory_size)
+            jobs = []
+            for direction in BOTH:
+                for contender in (DEFAULT, ATOMIC):
+                    jobs += self._jobs("atomic", contender, pair, direction)
+            self.bench.run(jobs)
+
+    def many(self) -> None:
+        """Folders with many files."""
+        measure_many(self.bench, self.servers, self.memory_size)
 
     def _jobs(
         self, group: str, contender: Contender, pair: Pair | None = None, direction: str = DOWNLOAD,

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from benchmarks import sparse
+from benchmarks import many, sparse
 from benchmarks.bench import DOWNLOAD, LOOPBACK, UPLOAD, Case, Results, Sample
 from benchmarks.contenders import (
+    ATOMIC,
     DEFAULT,
     IMPORT_REQUESTS,
     RATE,
@@ -107,6 +108,12 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("100 GiB with 5 GiB of data, bytes moved, and read a side", "the data", 1.02, ratios.sparse_bytes),
         ("100 GiB with 5 GiB of data, room", "the source", 1.01, ratios.sparse_room),
         ("compressed pages, whole and delta, room", "the source", 1.02, ratios.page_room),
+        ("--atomic with clones, 10 % scattered MiBs", "in place", 1.15, ratios.atomic),
+        (f"{many.SMALL_COUNT} files of 1 MiB, new", "rsync -r", 1.3, partial(ratios.small_files, 0)),
+        (f"{many.SMALL_COUNT} files of 1 MiB, equal", "rsync -r -I", 1.5, partial(ratios.small_files, 2)),
+        (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "rsync -r -I --no-whole-file", 0.35, ratios.large_files),
+        (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "one file of that size", 1.15, ratios.single_file),
+        (f"memory, {many.MANY:,} names and {many.FEW}", "100 MiB more", 1.0, ratios.names),
     ]
     return [
         Verdict(work, against, limit, {name: ratio for name, ratio in measure() if ratio is not None})
@@ -231,6 +238,36 @@ class _Ratios:
         for case in list(self.results.samples):
             if case.link == sparse.TABLE:
                 yield case.work, self.results.median(case, _get_room)
+
+    def atomic(self) -> Ratios:
+        for direction in (DOWNLOAD, UPLOAD):
+            case = Case("atomic", ATOMIC, self.memory_size, direction)
+            yield direction, self.compare(case, replace(case, contender=DEFAULT))
+
+    def small_files(self, which: int) -> Ratios:
+        size, _ = many.count_bytes(self.memory_size)
+        for direction in (DOWNLOAD, UPLOAD):
+            ours, theirs = (many.get_case(work, size, direction) for work in many.SMALL_WORK[which : which + 2])
+            yield direction, self.compare(ours, theirs)
+
+    def large_files(self) -> Ratios:
+        _, size = many.count_bytes(self.memory_size)
+        for direction in (DOWNLOAD, UPLOAD):
+            yield direction, self.compare(*(many.get_case(work, size, direction) for work in many.LARGE_WORK))
+
+    def single_file(self) -> Ratios:
+        _, size = many.count_bytes(self.memory_size)
+        for direction in (DOWNLOAD, UPLOAD):
+            ours = many.get_case(many.LARGE_WORK[0], size, direction)
+            yield direction, self.compare(ours, many.get_single_case(self.memory_size, direction))
+
+    def names(self) -> Ratios:
+        for direction in (DOWNLOAD, UPLOAD):
+            few, more = (many.get_names_case(count, direction) for count in many.count_names(self.memory_size))
+            for side in ("client", "server"):
+                peaks = [self.results.median(case, partial(_get_peak, side)) for case in (few, more)]
+                if peaks[0] is not None and peaks[1] is not None:
+                    yield f"{side}, {direction}", max(peaks[1] - peaks[0], 0) / (100 * 1024**2)
 
     def _get_sparse_cases(self, size: int) -> Iterator[Case]:
         for layout, _ in sparse.WORK:

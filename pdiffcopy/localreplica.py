@@ -6,6 +6,7 @@ The server serves such a replica, and the client uses one where a location is ne
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
@@ -14,10 +15,10 @@ from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
 from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.entries import Entry
-from pdiffcopy.exceptions import AbsentError, FileMissingError, RangeError, ReplacedError
+from pdiffcopy.exceptions import AbsentError, FileMissingError, RangeError, ReplacedError, TooLargeError
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files.listing import list_folder
-from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.localfile import LocalFile, create_alone
 from pdiffcopy.files.metadata import read_metadata, try_metadata, write_metadata
 from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder, find_room, sync_folder
 from pdiffcopy.files.room import get_room
@@ -26,6 +27,8 @@ from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
 from pdiffcopy.pace import UNLIMITED
 from pdiffcopy.replica import Reading, Replica, Staged
+from pdiffcopy.streams import format_hashes
+from pdiffcopy.wholes import MAX_WHOLE, Summary
 
 
 class LocalReplica(Replica):
@@ -157,6 +160,51 @@ class LocalReplica(Replica):
             create_file(self.filename, self.namespace, mode)
         with self._open(write=True) as file:
             return file.claims.take(run), file.info()
+
+    def summarize(self, block_size: int, method: str, grain: int) -> Summary:
+        """Tell what is to be known of a small file whose contents may be equal to those of another one."""
+        with self._open() as file:
+            info = self._look(file)
+            stripes = Hashers(0).hash(file, 0, info.size, block_size, method, grain=grain)
+            lines = b"".join(map(format_hashes, stripes))
+            if info.describe_change(file.info()):
+                return Summary(info)
+            return Summary(info, get_hasher(method)(lines).hexdigest(), file.claims.find())
+
+    @contextmanager
+    def fetch(self, state_digest: bool) -> Iterator[tuple[FileInfo, Reading]]:
+        """Read a small file as a whole, see :meth:`read`."""
+        with self._open() as file:
+            info = self._look(file)
+            extents = [Extent(0, info.size)]
+            with file.reading(extents):
+                digest = file.digest(extents) if state_digest else ""
+                yield info, Reading(Stored(file, extents, self.pace), digest, size=info.size)
+
+    def _look(self, file: LocalFile) -> FileInfo:
+        """Look at a small file before it is read, so that each change from then on shows in its time."""
+        info = file.info()
+        if info.size > MAX_WHOLE:
+            raise TooLargeError("{filename} is too large to be read as a whole", filename=self.label)
+        if self.flush:
+            time.sleep(info.settles_ms / 1000)
+        return info
+
+    def create(self, reading: Reading, run: str, mode: int, in_advance: bool) -> tuple[bool, FileInfo]:
+        """
+        Create a file, and write all of its contents, see :meth:`claim`, :meth:`resize` and :meth:`write`.
+
+        :raises: :exc:`.FileError` when it exists, or when that isn't possible or makes no sense.
+        """
+        with create_alone(self.filename, self.namespace, mode, reading.size) as file:
+            claimed = file.claims.take(run)
+            run = run if claimed else ""
+            file.resize(reading.size, in_advance)
+            file.write([Extent(0, reading.size)], reading.chunks, reading.digest, run)
+            file.claims.check(run)
+            info = file.info()
+            file.claims.release(run)
+        return claimed, info
 
     def release(self, run: str) -> FileInfo:
         """See :meth:`Replica.release`."""

@@ -314,12 +314,11 @@ class SyncRequest(Request):
 
 
 class ManyRequest(Request):
-    """Several requests at a time: they are the body (:func:`.encode_many`), and none of them has one."""
+    """Several requests at a time: they are the body (see :mod:`.bundles`)."""
 
     verb, endpoint, action = "POST", "many", "many"
 
     filename: str = word(Filename(), "/")
-    digest: str = word(DIGEST, "", header=DIGEST_HEADER)
 
 
 def _place(extents: Sequence[Extent]) -> dict[str, Any]:

@@ -106,6 +106,15 @@ class Request(Words):
         :param nonce: A word that no other request has.
         :returns: A tuple of the query string and the headers.
         """
+        words, headers = self._spell()
+        query = urlencode([*words, ("nonce", nonce)] if nonce else words)
+        return query, {REQUEST_HEADER: digest_query(query), **headers}
+
+    def encode_query(self) -> str:
+        """Spell a request that has no headers of its own, as a query string."""
+        return urlencode(self._spell()[0])
+
+    def _spell(self) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
         words: list[tuple[str, Any]] = []
         headers: dict[str, Any] = {}
         for name, (kind, default, header, is_frozen) in self.declarations.items():
@@ -116,8 +125,7 @@ class Request(Words):
                     headers[header] = text
                 else:
                     words.append((name, text))
-        query = urlencode([*words, ("nonce", nonce)] if nonce else words)
-        return query, {REQUEST_HEADER: digest_query(query), **headers}
+        return words, headers
 
     @classmethod
     def decode(cls: type[R], query: bytes, headers: Headers) -> R:

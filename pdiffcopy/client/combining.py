@@ -16,14 +16,13 @@ from contextlib import contextmanager
 
 from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo, decode_problem
-from pdiffcopy.bundles import COMBINABLE, MAX_PARTS, decode_answers, encode_requests
+from pdiffcopy.bundles import COMBINABLE, MAX_PARTS
 from pdiffcopy.client.exchange import Answer, Server, fail
+from pdiffcopy.client.exchanges import exchange_many
 from pdiffcopy.client.retry import Patience
-from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import ProgramError, ReportedError
 from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.files.splice import Chunk
-from pdiffcopy.protocol import ManyRequest
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
 
@@ -123,10 +122,8 @@ class CombiningServer:
                 future.set_result(answer)
 
     def _exchange(self, requests: Sequence[Request]) -> list[tuple[int, bytes]]:
-        body = encode_requests(requests)
-        request = ManyRequest(digest=compute_digest(body))
-        with self.server.exchange(request, Reading([body], size=len(body))) as answer:
-            return decode_answers(answer.read_document(), len(requests))
+        with exchange_many(self.server, requests) as parts:
+            return [(answer.status, answer.document) for answer, _ in parts]
 
 
 class _Part:
@@ -137,6 +134,7 @@ class _Part:
     def __init__(self, status: int, document: bytes):
         self.status = status
         self.document = document
+        self.length = len(document)
 
     def get_digest(self) -> str:
         """There is none: all of them together had one."""

@@ -20,7 +20,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 
 from pdiffcopy import __version__
 from pdiffcopy.files.sockets import allow_kernel_encryption, get_socket_options, wait_for_answer
-from pdiffcopy.files.stored import Stored
+from pdiffcopy.files.stored import Sendable
 from pdiffcopy.security import check_authority
 
 _MAX_LINES = 256
@@ -84,7 +84,7 @@ class _SendsFiles:
     sock: socket.socket
 
     def send(self, data: Any) -> None:
-        if isinstance(data, Stored):
+        if isinstance(data, Sendable):
             data.send(self.sock)
             wait_for_answer(self.sock)
         else:

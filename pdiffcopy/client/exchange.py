@@ -31,6 +31,10 @@ class Answer(Protocol):
     is_signed: bool
     """Whether it says to which request it belongs."""
 
+    @property
+    def length(self) -> int:
+        """How many bytes the body has (0 when that isn't said)."""
+
     def get_digest(self) -> str:
         """Return the digest that the server states."""
 

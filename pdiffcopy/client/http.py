@@ -36,7 +36,7 @@ from pdiffcopy.features import FEATURE_ANSWER
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.sockets import receive_rest
 from pdiffcopy.files.splice import Chunk, Piped
-from pdiffcopy.files.stored import Stored
+from pdiffcopy.files.stored import Sendable
 from pdiffcopy.pace import UNLIMITED, Pace
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
@@ -48,6 +48,8 @@ _NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST",
 """What OpenSSL calls an answer that isn't TLS."""
 FIRST_RETRIES, FIRST_TIMEOUT = 2, 10.0
 """How often a server that has never answered is asked again, and how long a connection to it may take, in seconds."""
+MAX_DIGITS = 20
+"""How long the decimal number of the bytes of a body may be."""
 _MAX_DOCUMENT = 1024 * 1024
 """The longest JSON document that is read from a server, in bytes."""
 
@@ -214,6 +216,12 @@ class HttpAnswer:
         """See :meth:`.Answer.get_digest`."""
         return check_digest(self.get_header(DIGEST_HEADER))
 
+    @property
+    def length(self) -> int:
+        """See :attr:`.Answer.length`."""
+        text = self.get_header("Content-Length")
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < MAX_DIGITS else 0
+
     def read_document(self) -> bytes:
         """See :meth:`.Answer.read_document`."""
         document, raw = b"", self._response.raw
@@ -265,9 +273,9 @@ class _Body:
     def __len__(self) -> int:
         return self.reading.size
 
-    def __iter__(self) -> Iterator[bytes | memoryview | Stored]:
+    def __iter__(self) -> Iterator[bytes | memoryview | Sendable]:
         chunks: Iterable[Chunk] = self.reading.chunks
-        if isinstance(chunks, Stored):
+        if isinstance(chunks, Sendable):
             # The connection knows how to send that as a whole.
             return iter([chunks])
         return (bytes(chunk) if isinstance(chunk, Piped) else chunk for chunk in chunks)

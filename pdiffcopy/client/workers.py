@@ -23,6 +23,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import Pipe
@@ -38,27 +39,30 @@ from pdiffcopy.client.plan import Options, Plan, Result
 from pdiffcopy.client.progress import Reporter
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Servers
+from pdiffcopy.client.small import SmallFiles
 from pdiffcopy.exceptions import ProgramError
 from pdiffcopy.mp import WorkerPool, make_queue
+from pdiffcopy.wholes import MAX_WHOLE
 
 IN_FLIGHT, SMALL_IN_FLIGHT = 6, 192
 """How many files may be on their way at the same time, and how many small ones."""
-SMALL = 4 * 1024 * 1024
-"""Up to which size a file is small, in bytes: a worker process does all that there is to do with it, for several at a
-time, since it takes longer to ask for something than to do it."""
-THREADS = 48
-"""How many small files a worker process works on at the same time."""
+GROUP, GROUP_SIZE = 16, 16 * 1024 * 1024
+"""How many small files a worker process works on at a time, and how many bytes they have at most."""
+THREADS = 2
+"""How many threads of a worker process do something: one goes on while the other one waits for a server."""
 
 
 class Small(NamedTuple):
-    """A small file."""
+    """A small file: a worker process does all that there is to do with it (:mod:`.small`)."""
 
+    number: int
     source: Address
     target: Address
 
 
-Work = tuple[int, "Plan | Small", "Batch | ProgramError | int"]
-"""What a worker gets: the number of a file, its plan, and a batch, a failure, or how many of those there were."""
+Work = tuple[int, "Plan | list[Small]", "Batch | ProgramError | int"]
+"""What a worker gets: the number of a file, its plan, and a batch, a failure, or how many of those there were; or some
+small files."""
 Outcome = tuple[int, "Result | Report | ProgramError | int"]
 """What becomes of that."""
 
@@ -86,7 +90,7 @@ def share(
 @contextmanager
 def _starting(
     find: Finder, options: Options, servers: Servers, reporter: Reporter, is_alone: bool
-) -> Iterator[tuple[Iterable[Outcome], Connection]]:
+) -> Iterator[tuple[Iterable[list[Outcome]], Connection]]:
     """
     Start all processes. They wait for plans.
 
@@ -120,20 +124,23 @@ class _Flight:
         self.jobs, self.orders, self.is_alone = jobs, orders, is_alone
         self.running: dict[int, _Progress] = {}
         self.count = 0
-        self.has_more = True
+        self.has_more, self.has_said_so = True, False
+        self.group: list[Small] = []
+        self.group_size = 0
 
-    def watch(self, outcomes: Iterable[Outcome]) -> Iterator[Ended]:
+    def watch(self, outcomes: Iterable[list[Outcome]]) -> Iterator[Ended]:
         """Begin one after the other, and yield what becomes of them."""
         yield from self._begin()
-        for number, outcome in outcomes:
-            progress = self.running[number]
-            progress.note(outcome)
-            if progress.error and progress.expected is None:
-                self.orders.send(number)
-            if progress.is_over:
-                del self.running[number]
-                yield progress.job, progress.error or progress.report or self._end(progress.job, progress.result)
-                yield from self._begin()
+        for found in outcomes:
+            for number, outcome in found:
+                progress = self.running[number]
+                progress.note(outcome)
+                if progress.error and progress.expected is None:
+                    self.orders.send(number)
+                if progress.is_over:
+                    del self.running[number]
+                    yield progress.job, progress.error or progress.report or self._end(progress.job, progress.result)
+            yield from self._begin()
 
     def _end(self, job: Job, result: Result) -> Report | ProgramError:
         return attempt(job, partial(job.end, result), self.is_alone)
@@ -143,29 +150,45 @@ class _Flight:
             job = next(self.jobs, None)
             if not job:
                 self.has_more = False
-                self.orders.send(None)
-                return
-            plan = self._plan(job)
-            if isinstance(plan, ProgramError):
-                yield job, plan
-                continue
-            self.count += 1
-            self.running[self.count] = _Progress(job, expected=1 if isinstance(plan, Small) else None)
-            self.orders.send((self.count, plan))
+            elif is_small(job):
+                self._add(job)
+            else:
+                plan = attempt(job, job.begin, self.is_alone)
+                if isinstance(plan, ProgramError):
+                    yield job, plan
+                else:
+                    self.orders.send((self._note(_Progress(job, expected=None)), plan))
+        self._send_group()
+        if not self.has_more and not self.has_said_so:
+            self.has_said_so = True
+            self.orders.send(None)
 
     def _has_room(self) -> bool:
         large = sum(not is_small(progress.job) for progress in self.running.values())
         return large < IN_FLIGHT and len(self.running) < SMALL_IN_FLIGHT
 
-    def _plan(self, job: Job) -> Plan | Small | ProgramError:
-        if is_small(job):
-            return Small(job.source_address, job.target_address)
-        return attempt(job, job.begin, self.is_alone)
+    def _note(self, progress: _Progress) -> int:
+        self.count += 1
+        self.running[self.count] = progress
+        return self.count
+
+    def _add(self, job: Job) -> None:
+        """Let a small file be one of the next group."""
+        size = job.size or 0
+        if len(self.group) == GROUP or self.group_size + size > GROUP_SIZE:
+            self._send_group()
+        self.group.append(Small(self._note(_Progress(job, expected=1)), job.source_address, job.target_address))
+        self.group_size += size
+
+    def _send_group(self) -> None:
+        if self.group:
+            self.orders.send((self.group[0].number, self.group))
+        self.group, self.group_size = [], 0
 
 
 def is_small(job: Job) -> bool:
     """Whether a worker process does all that there is to do for a job."""
-    return job.size is not None and job.size <= SMALL
+    return job.size is not None and job.size <= MAX_WHOLE
 
 
 class _Progress:
@@ -203,10 +226,10 @@ class _Orders:
 
     def __init__(self, receiver: Connection):
         self.receiver = receiver
-        self.plans: deque[tuple[int, Plan | Small] | None] = deque()
+        self.plans: deque[tuple[int, Plan | list[Small]] | None] = deque()
         self.failed: set[int] = set()
 
-    def __iter__(self) -> Iterator[tuple[int, Plan | Small]]:
+    def __iter__(self) -> Iterator[tuple[int, Plan | list[Small]]]:
         while True:
             while not self.plans:
                 self._take()
@@ -235,7 +258,7 @@ def _generate(
     """Do what the generator process does."""
     orders = _Orders(receiver)
     for number, plan in orders:
-        if isinstance(plan, Small):
+        if isinstance(plan, list):
             yield number, plan, 1
             continue
         count = 0
@@ -260,20 +283,38 @@ class _Worker:
         self.find, self.options, self.servers, self.reporter = find, options, servers, reporter
         self.is_alone = is_alone
         self.judge = Judge()
-        self.small = Servers(servers.network, servers.pace, servers.drop, combines=True)
+        self.small = SmallFiles(options, servers, reporter)
+        self.combining = Servers(servers.network, servers.pace, servers.drop, combines=True)
 
-    def __call__(self, item: Work) -> Outcome:
+    def __call__(self, item: Work) -> list[Outcome]:
         number, plan, work = item
-        if isinstance(plan, Small):
-            job = Job(*plan, self.options, self.small)
-            return number, attempt(job, partial(job.carry_out, self.find, self.reporter, self.judge))
+        return self._bring(plan) if isinstance(plan, list) else [(number, self._move(plan, work))]
+
+    def _bring(self, files: list[Small]) -> list[Outcome]:
+        """Bring small files into line: those that are plain at once, the others side by side."""
+        jobs = {file.number: Job(file.source, file.target, self.options, self.combining) for file in files}
+        found = self.small.bring(list(jobs.values())) if self.small.suits else [None] * len(jobs)
+        outcomes: list[Outcome] = [(number, report) for number, report in zip(jobs, found, strict=True) if report]
+        rest = [number for number, report in zip(jobs, found, strict=True) if not report]
+        if not rest:
+            return outcomes
+        with ThreadPoolExecutor(len(rest)) as executor:
+            return [
+                *outcomes,
+                *zip(rest, executor.map(self._bring_alone, [jobs[number] for number in rest]), strict=True),
+            ]
+
+    def _bring_alone(self, job: Job) -> Report | ProgramError:
+        return attempt(job, partial(job.carry_out, self.find, self.reporter, self.judge))
+
+    def _move(self, plan: Plan, work: Batch | ProgramError | int) -> Result | ProgramError | int:
         if not isinstance(work, Batch):
-            return number, work
+            return work
         try:
             with _room:
                 retries = self.servers.network.retries
-                return number, transfer_batch(plan, work, self.servers, retries, self.reporter, self.judge)
+                return transfer_batch(plan, work, self.servers, retries, self.reporter, self.judge)
         except ProgramError as e:
             if self.is_alone or not concerns_one_file(e):
                 raise
-            return number, e
+            return e

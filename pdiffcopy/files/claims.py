@@ -109,6 +109,13 @@ class Claims:
         except OSError:
             return ""
 
+    def find(self) -> str | None:
+        """The run that has claimed the file (empty: none has; :data:`None`: it can't be claimed)."""
+        try:
+            return None if self.is_device else os.getxattr(self.fd, RUN_ATTRIBUTE).decode("ascii", "replace")
+        except OSError as e:
+            return None if e.errno in _NO_ATTRIBUTES else ""
+
     def _set_claim(self, claim: str) -> bool:
         try:
             os.setxattr(self.fd, RUN_ATTRIBUTE, claim.encode("ascii"))

@@ -14,6 +14,7 @@ from pdiffcopy.blocks import MAX_OFFSET, Extent, cut
 from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     DigestMismatchError,
+    DiskFullError,
     FileForbiddenError,
     RangeError,
     translating,
@@ -21,8 +22,12 @@ from pdiffcopy.exceptions import (
 from pdiffcopy.files import kernel
 from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.holes import get_grain
+from pdiffcopy.files.identity import identify
+from pdiffcopy.files.metadata import OWNER_ONLY
+from pdiffcopy.files.names import Folder, Namespace, check_folder, make_place
 from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.files.pagecache import Change
+from pdiffcopy.files.room import get_room
 from pdiffcopy.files.splice import Chunk, Piped, spread
 
 
@@ -150,3 +155,36 @@ class LocalFile(OpenFile):
         elif size > self.size():
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
             raise FileForbiddenError(text, filename=self.filename, size=size)
+
+
+def _open_place(filename: str, namespace: Namespace) -> Folder:
+    """Open the folder that a file is going to be in."""
+    name = os.path.dirname(filename) or "."
+    try:
+        return Folder(name, namespace)
+    except FileNotFoundError:
+        make_place(filename, namespace)
+        return Folder(name, namespace)
+
+
+def create_alone(filename: str, namespace: Namespace, mode: int, size: int) -> LocalFile:
+    """
+    Create a file that doesn't exist, and the folders that lead to it.
+
+    :param mode: Whom it is for, at most (permission bits; the umask takes away some).
+    :param size: How many bytes it's going to have.
+    :raises: :exc:`.FileError` when it exists, or when that isn't possible or makes no sense.
+    """
+    with translating("create", filename), _open_place(filename, namespace) as folder:
+        check_folder(folder.fd, filename)
+        room = get_room(folder.fd)
+        if room is not None and size > room:
+            text = "{filename} takes {size} bytes, and its file system has {room} left"
+            raise DiskFullError(text, filename=filename, size=size, room=room)
+        # The run that creates it is going to write to it, whether the source may be written to or not.
+        fd = folder.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode | OWNER_ONLY)
+        try:
+            file_id = identify(os.fstat(fd))
+        finally:
+            os.close(fd)
+        return LocalFile(filename, True, folder, file_id)

@@ -171,14 +171,18 @@ def _check_place(filename: str, namespace: Namespace) -> None:
     """
     fd, name = _open_nearest(filename, namespace)
     try:
-        place = os.readlink(f"/proc/self/fd/{fd}") + "/"
-        is_pseudo = get_file_system(fd) in PSEUDO
+        check_folder(fd, filename, exists=name == filename)
     finally:
         os.close(fd)
-    if is_pseudo:
+
+
+def check_folder(fd: int, filename: str, exists: bool = False) -> None:
+    """Refuse to create what would be no file, in an open folder (or refuse what is open, if that's it)."""
+    place = os.readlink(f"/proc/self/fd/{fd}") + "/"
+    if get_file_system(fd) in PSEUDO:
         text = "Can't create {filename}: files there are a part of the kernel"
         raise FileForbiddenError(text, filename=filename)
-    if name != filename and place.startswith("/dev/") and not place.startswith("/dev/shm/"):
+    if not exists and place.startswith("/dev/") and not place.startswith("/dev/shm/"):
         raise FileMissingError("Can't create {filename}: there is no such device", filename=filename)
 
 

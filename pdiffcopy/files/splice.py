@@ -12,8 +12,9 @@ import fcntl
 import os
 import select
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from inspect import GEN_SUSPENDED, getgeneratorstate
 
 from pdiffcopy.blocks import Extent
 
@@ -98,6 +99,60 @@ def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple
             offset, room = offset + size, room - size
     if room or any(extent.size for extent in remaining):
         raise ValueError("fewer bytes than the extents take")
+
+
+class Parts:
+    """
+    Cuts chunks into parts of certain sizes.
+
+    They are consumed one after the other. One that nobody has begun to consume is skipped by the next one.
+    """
+
+    def __init__(self, chunks: Iterable[Chunk]):
+        """:param chunks: The bytes, cut anywhere."""
+        self._chunks = iter(chunks)
+        self._rest: memoryview | Piped = memoryview(b"")
+        self._last: Generator[Chunk, None, None] | None = None
+
+    def take(self, size: int) -> Generator[Chunk, None, None]:
+        """
+        Return the chunks of the next part.
+
+        :raises: :exc:`ValueError` when there are fewer bytes, or when a part before this one was abandoned halfway.
+        """
+        self._last = self._take(size, self._last)
+        return self._last
+
+    def take_bytes(self, size: int) -> bytes:
+        """Return the next part as one string of bytes, see :meth:`take`."""
+        return b"".join(map(bytes, self.take(size)))
+
+    def end(self) -> None:
+        """
+        Skip what was taken and not consumed, see :meth:`take`.
+
+        :raises: :exc:`ValueError` also when there are more bytes than were taken.
+        """
+        self.take_bytes(0)
+        if len(self._rest) or any(map(len, self._chunks)):
+            raise ValueError("more bytes than the parts have")
+
+    def _take(self, size: int, before: Generator[Chunk, None, None] | None) -> Generator[Chunk, None, None]:
+        if before and getgeneratorstate(before) == GEN_SUSPENDED:
+            raise ValueError("nobody knows how much of it has been consumed")
+        for chunk in before or ():
+            bytes(chunk)
+        while size:
+            if not len(self._rest):
+                following = next(self._chunks, None)
+                if following is None:
+                    raise ValueError("fewer bytes than the parts have")
+                self._rest = following if isinstance(following, Piped) else memoryview(following)
+                continue
+            count = min(size, len(self._rest))
+            piece, self._rest = self._rest[:count], self._rest[count:]
+            yield piece
+            size -= count
 
 
 def receive(sock: int, size: int, timeout: float | None = None, step: int = PIPE_SIZE) -> Iterator[Piped]:

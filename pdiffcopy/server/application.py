@@ -10,12 +10,10 @@ by constants, not by its wishes.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from itertools import chain, islice
@@ -25,7 +23,7 @@ import flask
 from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 
-from pdiffcopy import answers, bundles, protocol, streams
+from pdiffcopy import answers, protocol, streams
 from pdiffcopy.blocks import SET_ID_BITS
 from pdiffcopy.cores import count_cores
 from pdiffcopy.digests import compute_digest
@@ -33,11 +31,8 @@ from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import (
     AbsentError,
     AuthenticationError,
-    DamagedError,
     ForbiddenError,
     ProgramError,
-    RequestError,
-    TooLargeError,
 )
 from pdiffcopy.files.confinement import Root, contain
 from pdiffcopy.files.names import Namespace
@@ -46,9 +41,9 @@ from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.pace import make_pace
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Headers, Request
-from pdiffcopy.server.accesslog import log_access
 from pdiffcopy.server.admission import NOTED, Gate
 from pdiffcopy.server.body import read_body, send_chunks, watch_client
+from pdiffcopy.server.parts import answer_many
 from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_query
 
 logger = logging.getLogger(__name__)
@@ -99,9 +94,6 @@ def create_app(settings: Settings, gate: Gate | None = None) -> Flask:
     return application
 
 
-_PARTS = {(kind.verb, kind.endpoint): kind for kind in bundles.COMBINABLE}
-
-
 class _Views:
     """What the endpoints do."""
 
@@ -123,10 +115,11 @@ class _Views:
 
     def handle(self, kind: type[Request]) -> Any:
         """Answer the request that has come."""
-        return self._answer(kind, flask.request.query_string, flask.request.headers)
+        # The view is named like the method of the replica.
+        return getattr(self, kind.action)(*self.prepare(kind, flask.request.query_string, flask.request.headers))
 
-    def _answer(self, kind: type[Request], query: bytes, headers: Headers) -> Any:
-        """Decode a request, and pass it to the view that is named like the method of the replica."""
+    def prepare(self, kind: type[Request], query: bytes, headers: Headers) -> tuple[Request, LocalReplica]:
+        """Decode a request, and get the replica that it is about."""
         if kind.writes and self.settings.read_only:
             raise ForbiddenError("This server is read-only")
         request = kind.decode(query, headers)
@@ -134,40 +127,11 @@ class _Views:
         replica = LocalReplica(request.filename, namespace, _HASHERS, watch_client(flask.request.environ))
         replica.file_id, replica.pace = request.file_id, self.pace
         replica.flush, replica.drop = getattr(request, "flush", False), getattr(request, "drop", False)
-        return getattr(self, kind.action)(request, replica)
+        return request, replica
 
     def many(self, request: protocol.ManyRequest, replica: LocalReplica) -> Any:
         """``POST /many``"""
-        length = flask.request.content_length or 0
-        if length > bundles.MAX_BUNDLE:
-            raise TooLargeError("The body may have {most} bytes at most", most=bundles.MAX_BUNDLE)
-        body = b"".join(map(bytes, read_body(flask.request.environ, length)))
-        if request.digest and request.digest != compute_digest(body):
-            raise DamagedError("The request was damaged on its way")
-        parts = [self._answer_part(*part) for part in bundles.decode_requests(body)]
-        return Response(bundles.encode_answers(parts), mimetype="application/json")
-
-    def _answer_part(self, verb: str, endpoint: str, query: bytes) -> tuple[int, bytes]:
-        """Answer one request of several, as if it had come alone."""
-        started = time.monotonic()
-        try:
-            kind = _PARTS.get((verb, endpoint))
-            if not kind:
-                raise RequestError("{verb} {endpoint} can't be one of several", verb=verb, endpoint=endpoint)
-            response = flask.make_response(self._answer(kind, query, {}))
-            document = b""
-            with closing(response):
-                for chunk in response.iter_encoded():
-                    document += chunk
-                    if len(document) > bundles.MAX_PART:
-                        raise TooLargeError("The answer is too long to be one of several")
-        except Exception as e:
-            response = _handle_error(e)
-            document = response.get_data()
-        environ = {"REQUEST_METHOD": verb, "PATH_INFO": f"/{endpoint}", "QUERY_STRING": query.decode("ascii")}
-        duration = timedelta(seconds=time.monotonic() - started)
-        log_access({**flask.request.environ, **environ}, response.status_code, 0, duration)
-        return response.status_code, document
+        return answer_many(flask.request.environ, self, _handle_error)
 
     def info(self, request: protocol.InfoRequest, replica: LocalReplica) -> Any:
         """``GET /info``"""

@@ -21,7 +21,7 @@ from pdiffcopy.exceptions import AbsentError
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.sockets import receive_rest
 from pdiffcopy.files.splice import Chunk
-from pdiffcopy.files.stored import Stored
+from pdiffcopy.files.stored import Sendable
 from pdiffcopy.pace import UNLIMITED, Pace
 from pdiffcopy.server.accesslog import SENT
 
@@ -52,7 +52,7 @@ def send_chunks(environ: dict[str, Any], chunks: Iterable[Chunk]) -> Iterator[by
              the connection.
     """
     sock = _get_socket(environ)
-    if not (sock and isinstance(chunks, Stored)):
+    if not (sock and isinstance(chunks, Sendable)):
         yield from map(bytes, chunks)
         return
     yield b""  # makes gunicorn send the head
