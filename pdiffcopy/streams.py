@@ -110,7 +110,8 @@ def parse_checked(chunks: Iterable[bytes], parse_line: Callable[[bytes], T]) -> 
     """
     held = bytearray()
     empty = 0
-    for line in split_lines(chunks):
+    lines = split_lines(chunks)
+    for line in lines:
         if line.startswith(b"="):
             if compute_digest(held).encode("ascii") != line[1:]:
                 raise TransientError("What the server sent was damaged on its way")
@@ -120,6 +121,7 @@ def parse_checked(chunks: Iterable[bytes], parse_line: Callable[[bytes], T]) -> 
         elif line.startswith(b"{"):
             raise decode_report(line)
         elif line == DONE.encode("ascii") and not held:
+            next(lines, None)  # lets the body come to its end
             return
         elif line:
             held += b"%b\n" % line

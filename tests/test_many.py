@@ -163,6 +163,8 @@ def test_each_file_is_as_if_it_were_alone(tmp_path, place):
 def test_source_that_changes_concerns_one_file(tmp_path, monkeypatch):
     """The others are done, and the exit code is that of the failure."""
     sources = make_tree(tmp_path / "sources", a=1, b=2)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "a").write_bytes(b"something else, so that it isn't done at once")
     client = Client(sources=[str(sources / "a"), str(sources / "b")], target=str(tmp_path / "target"))
     summary = Summary()
     from pdiffcopy.client.job import Job

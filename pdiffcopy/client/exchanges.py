@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pdiffcopy.bundles import PartAnswer, decode_answers, decode_frame, encode_frame, encode_requests
 from pdiffcopy.client.exchange import Server
 from pdiffcopy.exceptions import DamagedError, TransientError
-from pdiffcopy.files.splice import Chunk, Parts
+from pdiffcopy.files.splice import Chunk, Parts, PartsError
 from pdiffcopy.files.stored import Joined
 from pdiffcopy.protocol import ManyRequest
 from pdiffcopy.replica import Reading
@@ -38,6 +38,6 @@ def exchange_many(
             answers = decode_answers(decode_frame(parts.take_bytes), len(requests))
             yield [(part, parts.take(part.size)) for part in answers]
             parts.end()
-        except (DamagedError, ValueError) as e:
+        except (DamagedError, PartsError) as e:
             url = server.get_address("/")
             raise TransientError("{url}: the server's answer is damaged ({reason})", url=url, reason=e, status=0) from e

@@ -102,6 +102,7 @@ def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
         # The threads that hash a target nearby begin now, and not when the server of the source has answered.
         first = list(islice(target, int(replica.is_near)))
         yield from comparison.compare(source, chain(first, target))
+        next(target, None)  # lets it come to its end
 
 
 def _digests(plan: Plan, replica: Replica, start: int, stop: int) -> Generator[Item, None, None]:

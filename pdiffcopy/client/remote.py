@@ -147,10 +147,12 @@ class RemoteReplica(Replica):
             request = request.changed(grain=grain, checks=True)
         while position < end:
             try:
-                for item in in_order(self._hash_lines(request, position, end), position, end, block_size):
+                lines = self._hash_lines(request, position, end)
+                for item in in_order(lines, position, end, block_size):
                     yield [item]
                     position = get_end(item, block_size)
                     patience.succeeded()
+                next(lines, None)  # how it ended: a connection of which nothing is left can be used again
             except TransientError as e:
                 patience.failed(e)
 

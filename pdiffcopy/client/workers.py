@@ -21,13 +21,13 @@ when that and as many results have arrived, the file is done. A failure that con
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from queue import Queue
 from typing import NamedTuple
 
 from pdiffcopy.address import Address
@@ -48,6 +48,8 @@ IN_FLIGHT, SMALL_IN_FLIGHT = 6, 192
 """How many files may be on their way at the same time, and how many small ones."""
 GROUP, GROUP_SIZE = 16, 16 * 1024 * 1024
 """How many small files a worker process works on at a time, and how many bytes they have at most."""
+COMPARED_AT_A_TIME = 2
+"""How many files are compared at the same time."""
 THREADS = 2
 """How many threads of a worker process do something: one goes on while the other one waits for a server."""
 
@@ -103,7 +105,7 @@ def _starting(
         concurrency=count,
         threads=1 if is_alone else THREADS,
         input_queue=queue,
-        generator_fn=partial(_generate, find, servers, receiver, is_alone, queue.empty),
+        generator_fn=partial(_Comparisons, find, servers, receiver, is_alone, queue.empty),
         worker_fn=_Worker(find, options, servers, reporter, is_alone),
     )
     with receiver, sender, pool, reporter:
@@ -221,59 +223,71 @@ class _Progress:
         return self.seen == self.expected
 
 
-class _Orders:
-    """What the generator process is told: plans, the numbers of files that have failed, and that there is no more."""
+class _Comparisons:
+    """
+    What the generator process does: an iterable of work.
 
-    def __init__(self, receiver: Connection):
-        self.receiver = receiver
-        self.plans: deque[tuple[int, Plan | list[Small]] | None] = deque()
+    It compares some files at a time, so that one goes on while another one begins or ends.
+    """
+
+    def __init__(
+        self, find: Finder, servers: Servers, orders: Connection, is_alone: bool, is_idle: Callable[[], bool]
+    ):  # fmt: skip
+        """
+        Initialize it.
+
+        :param orders: Brings plans and small files, the numbers of files that have failed, and :data:`None` at the end.
+        :param is_idle: Whether no work is left for the workers.
+        """
+        self.find, self.servers, self.orders, self.is_alone, self.is_idle = find, servers, orders, is_alone, is_idle
+        self.unfinished: set[int] = set()
         self.failed: set[int] = set()
+        self.work: Queue[Work | BaseException | None] = Queue(1)
 
-    def __iter__(self) -> Iterator[tuple[int, Plan | list[Small]]]:
-        while True:
-            while not self.plans:
-                self._take()
-            if not (item := self.plans.popleft()):
-                return
+    def __iter__(self) -> Iterator[Work]:
+        """Begin, and yield what there is to do."""
+        threading.Thread(target=self._take_orders, daemon=True).start()
+        while item := self.work.get():
+            if isinstance(item, BaseException):
+                raise item
             yield item
-            self.failed.discard(item[0])
 
-    def has_failed(self, number: int) -> bool:
-        """Whether there's nothing more to do for a file."""
-        while self.receiver.poll():
-            self._take()
-        return number in self.failed
+    def _take_orders(self) -> None:
+        try:
+            with ThreadPoolExecutor(COMPARED_AT_A_TIME) as executor:
+                while order := self.orders.recv():
+                    if isinstance(order, int):
+                        self.failed.add(order)
+                        continue
+                    number, plan = order
+                    if isinstance(plan, list):
+                        self.work.put((number, plan, 1))
+                        continue
+                    self.unfinished.add(number)
+                    executor.submit(self._compare, number, plan)
+            self.work.put(None)
+        except BaseException as e:
+            self.work.put(e)
 
-    def _take(self) -> None:
-        order = self.receiver.recv()
-        if isinstance(order, int):
-            self.failed.add(order)
-        else:
-            self.plans.append(order)
-
-
-def _generate(
-    find: Finder, servers: Servers, receiver: Connection, is_alone: bool, is_awaited: Callable[[], bool]
-) -> Iterator[Work]:
-    """Do what the generator process does."""
-    orders = _Orders(receiver)
-    for number, plan in orders:
-        if isinstance(plan, list):
-            yield number, plan, 1
-            continue
+    def _compare(self, number: int, plan: Plan) -> None:
         count = 0
         try:
-            for batch in find(plan, servers, is_awaited):
-                if orders.has_failed(number):
+            for batch in self.find(plan, self.servers, self._is_awaited):
+                if number in self.failed:
                     break
-                yield number, plan, batch
+                self.work.put((number, plan, batch))
                 count += 1
         except ProgramError as e:
-            if is_alone or not concerns_one_file(e):
-                raise
-            yield number, plan, e
+            self.work.put(e if self.is_alone or not concerns_one_file(e) else (number, plan, e))
             count += 1
-        yield number, plan, count
+        except BaseException as e:
+            self.work.put(e)
+        self.unfinished.discard(number)
+        self.work.put((number, plan, count))
+
+    def _is_awaited(self) -> bool:
+        """Whether workers wait for what is found in this file: there's no other one that they may get something of."""
+        return len(self.unfinished) == 1 and self.is_idle()
 
 
 class _Worker:

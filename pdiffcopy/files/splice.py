@@ -101,6 +101,10 @@ def spread(extents: Sequence[Extent], chunks: Iterable[Chunk]) -> Iterator[tuple
         raise ValueError("fewer bytes than the extents take")
 
 
+class PartsError(ValueError):
+    """Raised when parts don't have the sizes that they should have."""
+
+
 class Parts:
     """
     Cuts chunks into parts of certain sizes.
@@ -118,7 +122,7 @@ class Parts:
         """
         Return the chunks of the next part.
 
-        :raises: :exc:`ValueError` when there are fewer bytes, or when a part before this one was abandoned halfway.
+        :raises: :exc:`PartsError` when there are fewer bytes, or when a part before this one was abandoned halfway.
         """
         self._last = self._take(size, self._last)
         return self._last
@@ -131,22 +135,22 @@ class Parts:
         """
         Skip what was taken and not consumed, see :meth:`take`.
 
-        :raises: :exc:`ValueError` also when there are more bytes than were taken.
+        :raises: :exc:`PartsError` also when there are more bytes than were taken.
         """
         self.take_bytes(0)
         if len(self._rest) or any(map(len, self._chunks)):
-            raise ValueError("more bytes than the parts have")
+            raise PartsError("more bytes than the parts have")
 
     def _take(self, size: int, before: Generator[Chunk, None, None] | None) -> Generator[Chunk, None, None]:
         if before and getgeneratorstate(before) == GEN_SUSPENDED:
-            raise ValueError("nobody knows how much of it has been consumed")
+            raise PartsError("a part was abandoned halfway")
         for chunk in before or ():
             bytes(chunk)
         while size:
             if not len(self._rest):
                 following = next(self._chunks, None)
                 if following is None:
-                    raise ValueError("fewer bytes than the parts have")
+                    raise PartsError("fewer bytes than the parts have")
                 self._rest = following if isinstance(following, Piped) else memoryview(following)
                 continue
             count = min(size, len(self._rest))

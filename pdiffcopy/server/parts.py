@@ -27,7 +27,7 @@ from pdiffcopy.bundles import (
     encode_frame,
 )
 from pdiffcopy.exceptions import RequestError, TooLargeError
-from pdiffcopy.files.splice import Chunk, Parts
+from pdiffcopy.files.splice import Chunk, Parts, PartsError
 from pdiffcopy.files.stored import Joined
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
@@ -61,7 +61,7 @@ def answer_many(environ: dict[str, Any], views: Views, handle_error: Callable[[E
             answer = _Answer(environ, views, handle_error, stack)
             found = [answer.add(request, parts.take(request.size)) for request in requests]
             parts.end()
-        except ValueError as e:
+        except PartsError as e:
             raise RequestError("What was sent as several requests can't be read: {reason}", reason=e) from e
         head = encode_frame(encode_answers(found))
         body = send_chunks(environ, Joined([[head], *answer.contents]))
@@ -91,6 +91,8 @@ class _Answer:
         started = time.monotonic()
         try:
             part = self._answer(request, body)
+        except PartsError:
+            raise
         except Exception as e:
             response = self.handle_error(e)
             part = PartAnswer(response.status_code, response.get_data())

@@ -372,3 +372,47 @@ def test_a_reader_that_leaves_leaves_no_pipe(connection):
     assert len(os.listdir("/proc/self/fd")) == len(before) + 2
     chunks.close()
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+# Parts {{{1
+
+
+def test_parts_are_cut_anywhere(piped):
+    """Whatever the chunks are: each part gets its bytes."""
+    parts = splice.Parts([b"ab", b"", memoryview(b"cdefg"), piped(b"hijk"), b"l"])
+    assert [parts.take_bytes(size) for size in (1, 0, 5, 4, 2)] == [b"a", b"", b"bcdef", b"ghij", b"kl"]
+    parts.end()
+
+
+def test_parts_that_nobody_wants_are_skipped(piped):
+    """But those after them are what they are."""
+    parts = splice.Parts([piped(b"abcdef"), b"ghi"])
+    first, second, third = parts.take(2), parts.take(3), parts.take(1)
+    assert b"".join(map(bytes, third)) == b"f"
+    assert list(first) == list(second) == []
+    parts.take(3)
+    parts.end()
+
+
+@pytest.mark.parametrize("chunks", [[], [b"ab"], [b"ab", b""]])
+def test_parts_that_are_too_short(chunks):
+    """There are fewer bytes than somebody said."""
+    with pytest.raises(splice.PartsError, match="fewer"):
+        splice.Parts(chunks).take_bytes(3)
+
+
+@pytest.mark.parametrize("chunks", [[b"abcd"], [b"abc", b"d"]])
+def test_parts_that_are_too_long(chunks):
+    """There are more bytes than somebody said."""
+    parts = splice.Parts(chunks)
+    assert parts.take_bytes(3) == b"abc"
+    with pytest.raises(splice.PartsError, match="more"):
+        parts.end()
+
+
+def test_part_that_was_abandoned_ends_all(piped):
+    """Nobody knows how much of a chunk in a pipe has been consumed."""
+    parts = splice.Parts([piped(b"abcdef")])
+    next(parts.take(3))
+    with pytest.raises(splice.PartsError, match="abandoned"):
+        parts.take_bytes(3)

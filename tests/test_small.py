@@ -1,0 +1,290 @@
+"""Small files, which are done some at a time: that changes nothing but how long it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pdiffcopy.address import Address
+from pdiffcopy.client import Client
+from pdiffcopy.client.job import Job
+from pdiffcopy.client.progress import Reporter
+from pdiffcopy.client.small import SmallFiles
+from pdiffcopy.files.claims import RUN_ATTRIBUTE
+from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.wholes import MAX_WHOLE
+from tests.relay import RelayProcess
+from tests.support import make_data, run_pdiffcopy, write_pattern
+
+DIRECTIONS = ("local", "upload", "download")
+SIZE = 150_000
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(params=DIRECTIONS)
+def direction(request):
+    return request.param
+
+
+class Folders:
+    """A source and a target with small files, one of which may be behind a server."""
+
+    def __init__(self, folder: Path, port: int, direction: str):
+        self.source, self.target = folder / "source", folder / "target"
+        self.port, self.direction = port, direction
+        self.source.mkdir()
+        self.target.mkdir()
+        for seed, name in enumerate(NAMES):
+            write_pattern(self.source / name, SIZE, seed)
+
+    @property
+    def locations(self) -> list[str]:
+        """The two of them, as a user names them."""
+        far = f"127.0.0.1:{self.port}"
+        source = f"{far}{self.source}" if self.direction == "download" else str(self.source)
+        return [source, f"{far}{self.target}" if self.direction == "upload" else str(self.target)]
+
+    def copy(self, *names: str) -> None:
+        """Let the target have files already."""
+        for name in names:
+            (self.target / name).write_bytes((self.source / name).read_bytes())
+
+    def bring(self, **options) -> dict[str, str | None]:
+        """Do it at once, in this process, and tell what became of each file (None: nothing)."""
+        source, target = self.locations
+        client = Client(source=source, target=target, **options)
+        with client._make_servers() as servers:
+            wanted = client._get_options().checked()
+            places = [(client.source.address, name) for name in NAMES]
+            jobs = [
+                Job(_within(place, name), _within(client.target.address, name), wanted, servers, size=SIZE)
+                for place, name in places
+            ]
+            reports = SmallFiles(wanted, servers, Reporter()).bring(jobs)
+        return {name: report and report.outcome for name, report in zip(NAMES, reports, strict=True)}
+
+    def is_equal(self) -> bool:
+        """Whether the target has all that the source has."""
+        return all((self.target / name).read_bytes() == (self.source / name).read_bytes() for name in NAMES)
+
+    def run(self, *options: str):
+        """Run the program."""
+        return run_pdiffcopy("-r", "--json", *options, *self.locations)
+
+
+def _within(folder: Address, name: str) -> Address:
+    return folder._replace(filename=f"{folder.filename}/{name}", within=folder.filename)
+
+
+@pytest.fixture
+def folders(tmp_path, server, direction):
+    return Folders(tmp_path, server.port, direction)
+
+
+# What is plain {{{1
+
+
+@pytest.mark.parametrize("options", [{}, {"hash_method": "sha1", "block_size": 4096}, {"verify": False}], ids=str)
+def test_plain_files_are_done_at_once(folders, options):
+    """What is missing is created, what is equal is left alone."""
+    folders.copy("b")
+    before = (folders.target / "b").stat().st_ctime_ns
+    assert folders.bring(**options) == {"a": "created", "b": "equal", "c": "created"}
+    assert folders.is_equal()
+    assert (folders.target / "b").stat().st_ctime_ns == before
+    assert folders.bring(**options) == dict.fromkeys(NAMES, "equal")
+    assert RUN_ATTRIBUTE not in os.listxattr(folders.target / "a")
+
+
+@pytest.mark.parametrize("before", ["missing", "equal"])
+@pytest.mark.parametrize("options", [(), ("-m", "sha1", "-b", "4096"), ("-W",), ("--no-verify",)], ids=str)
+def test_report_is_that_of_a_file_alone(folders, before, options):
+    """Number by number."""
+    alone = []
+    for name in NAMES:
+        if before == "equal":
+            folders.copy(name)
+        source, target = (f"{location}/{name}" for location in folders.locations)
+        result = run_pdiffcopy("--json", *options, source, target)
+        alone.append(json.loads(result.stdout))
+        if before == "missing":
+            (folders.target / name).unlink()
+    together = json.loads(folders.run(*options).stdout)["files"]
+    for report in (*alone, *together):
+        del report["elapsed"]
+    assert sorted(together, key=lambda report: report["source"]) == alone
+
+
+def test_empty_files(folders):
+    """There's nothing to hash, and nothing to send."""
+    for name in NAMES:
+        (folders.source / name).write_bytes(b"")
+    assert folders.bring() == dict.fromkeys(NAMES, "created")
+    assert folders.bring() == dict.fromkeys(NAMES, "equal")
+
+
+def test_new_files_are_for_nobody_else(folders):
+    """The mode of the source, under the umask."""
+    for name, mode in zip(NAMES, (0o600, 0o640, 0o444), strict=True):
+        (folders.source / name).chmod(mode)
+    folders.bring()
+    assert [(folders.target / name).stat().st_mode & 0o777 for name in NAMES] == [0o600, 0o640, 0o644]
+
+
+def test_metadata_counts(folders):
+    """Files whose metadata differ aren't equal, and new ones get those of the source."""
+    folders.copy("a", "b")
+    for name in NAMES:
+        os.utime(folders.source / name, ns=(1, 10**18 + 1))
+        (folders.source / name).chmod(0o751)
+    os.utime(folders.target / "a", ns=(1, 10**18 + 1))
+    (folders.target / "a").chmod(0o751)
+    options = {"times": True, "perms": True, "owner": True, "group": True}
+    assert folders.bring(**options) == {"a": "equal", "b": None, "c": "created"}
+    status = (folders.target / "c").stat()
+    assert (status.st_mtime_ns, status.st_mode & 0o777) == (10**18 + 1, 0o751)
+    assert folders.run("-a").returncode == 0
+    assert folders.bring(**options) == dict.fromkeys(NAMES, "equal")
+
+
+# What isn't {{{1
+
+
+@pytest.mark.parametrize(
+    "fault", ["contents", "size", "hole", "hole in a new one", "claimed", "gone", "folder", "link", "too large"]
+)
+def test_what_is_not_plain_is_left(folders, fault):
+    """Nobody has touched it, and the others are done. The program does it afterwards, or says what's wrong."""
+    folders.copy("a", "b")
+    source, target = folders.source / "b", folders.target / "b"
+    is_possible = fault not in ("gone", "folder", "link")
+    if fault == "contents":
+        target.write_bytes(make_data(SIZE, 9))
+    elif fault == "size":
+        target.write_bytes(make_data(SIZE - 1, 9))
+    elif fault.startswith("hole"):
+        data = bytes(65536) + source.read_bytes()[65536:]
+        target.write_bytes(data)
+        source.write_bytes(b"")
+        with source.open("r+b") as file:
+            file.seek(65536)
+            file.write(data[65536:])
+        if fault.endswith("new one"):
+            target.unlink()
+    elif fault == "claimed":
+        os.setxattr(target, RUN_ATTRIBUTE, b"abc")
+    elif fault == "too large":
+        write_pattern(source, MAX_WHOLE + 1)
+        target.unlink()
+    else:
+        target.unlink()
+        if fault == "folder":
+            target.mkdir()
+        elif fault == "link":
+            target.symlink_to("elsewhere")
+        else:
+            source.unlink()
+    before = os.listdir(folders.target), target.is_file() and target.read_bytes()
+    assert folders.bring() == {"a": "equal", "b": None, "c": "created"}
+    after = [name for name in os.listdir(folders.target) if name != "c"]
+    assert (sorted(after), target.is_file() and target.read_bytes()) == (sorted(before[0]), before[1])
+    if is_possible:
+        assert folders.run().returncode == 0
+        assert folders.is_equal()
+        assert target.stat().st_blocks == source.stat().st_blocks
+    else:
+        assert not (folders.target / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("option", ["atomic", "fsync", "drop_cache", "bwlimit", "sparse"])
+def test_some_options_take_more(folders, option):
+    """Those files are done one by one."""
+    value = {"bwlimit": 10**9, "sparse": "always"}.get(option, True)
+    client = Client(source=folders.locations[0], target=folders.locations[1], **{option: value})
+    assert not SmallFiles(client._get_options(), client._make_servers(), Reporter()).suits
+    options = {"bwlimit": ["--bwlimit=1000000000"], "sparse": ["--sparse=always"]}
+    result = folders.run(*options.get(option, [f"--{option.replace('_', '-')}"]))
+    assert result.returncode == 0, result.stderr
+    assert folders.is_equal()
+
+
+def test_one_file_by_two_names_is_refused(folders):
+    """As alone."""
+    folders.copy("a", "c")
+    (folders.target / "b").hardlink_to(folders.source / "b")
+    assert folders.bring() == {"a": "equal", "b": None, "c": "equal"}
+    result = folders.run()
+    assert result.returncode == 1 and "are the same file" in result.stderr
+
+
+def test_source_that_changes_meanwhile_is_done_again(tmp_path, monkeypatch):
+    """A target that may be a mixture is no success."""
+    folders = Folders(tmp_path, 0, "local")
+    create = LocalReplica.create
+
+    def create_and_change(replica, *arguments):
+        result = create(replica, *arguments)
+        if replica.filename.endswith("/b"):
+            (folders.source / "b").write_bytes(make_data(SIZE, 9))
+        return result
+
+    monkeypatch.setattr(LocalReplica, "create", create_and_change)
+    assert folders.bring() == {"a": "created", "b": None, "c": "created"}
+    assert folders.run().returncode == 0
+    assert folders.is_equal()
+
+
+def test_source_that_changes_while_it_is_hashed_is_not_equal(tmp_path, monkeypatch):
+    """Nor is a target."""
+    folders = Folders(tmp_path, 0, "local")
+    folders.copy(*NAMES)
+    look = LocalReplica._look
+
+    def look_and_touch(replica, file):
+        info = look(replica, file)
+        if replica.filename.endswith("/b"):
+            os.utime(replica.filename, ns=(1, 1))
+        return info
+
+    monkeypatch.setattr(LocalReplica, "_look", look_and_touch)
+    assert folders.bring() == {"a": "equal", "b": None, "c": "equal"}
+
+
+def test_sources_from_different_places_are_done_one_by_one(server, launch, tmp_path):
+    """What has several origins has several ways."""
+    folders = Folders(tmp_path, server.port, "download")
+    other = launch()
+    sources = [f"127.0.0.1:{port}{folders.source}/{name}" for port, name in ((server.port, "a"), (other.port, "b"))]
+    result = run_pdiffcopy("--json", *sources, folders.source / "c", f"{folders.target}/")
+    assert result.returncode == 0, result.stderr
+    assert folders.is_equal() and json.loads(result.stdout)["created"] == 3
+
+
+# On a bad network {{{1
+
+
+@pytest.mark.parametrize("direction", ["upload", "download"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        f"{side} POST+/many {place} {action}"
+        for side in ("request", "response")
+        for place in ("0", "first", "middle", "last")
+        for action in ("reset", "corrupt")
+        if (place, action) != ("0", "corrupt")
+    ],
+)
+@pytest.mark.parametrize("skip", [0, 1])
+def test_broken_exchanges_are_made_up_for(server, tmp_path, direction, fault, skip):
+    """Whatever breaks, and wherever: in the end all files are equal, and nothing claims them."""
+    with RelayProcess(server.port, f"{fault} 1 {skip}") as relay:
+        folders = Folders(tmp_path, relay.port, direction)
+        folders.copy("a")
+        result = folders.run()
+        assert relay.stop()
+    assert result.returncode == 0, result.stderr
+    assert folders.is_equal()
+    assert not any(RUN_ATTRIBUTE in os.listxattr(folders.target / name) for name in NAMES)
