@@ -53,6 +53,7 @@ class Job:
         servers: Servers,
         is_given: bool = False,
         size: int | None = None,
+        is_new: bool = False,
     ):
         """
         Initialize a job.
@@ -63,8 +64,9 @@ class Job:
         :param servers: Where the replicas come from.
         :param is_given: Whether the blocks to transfer are given.
         :param size: How many bytes there seem to be, if that's known.
+        :param is_new: Whether the target seems to be missing.
         """
-        self.size = size
+        self.size, self.is_new = size, is_new
         self.source_address, self.target_address = source, target
         self.options, self.servers, self.is_given = options, servers, is_given
         self.started = time.monotonic()

@@ -30,7 +30,10 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
         _make_folders(selection, run)
     # Large ones first: they may have to be waited for at the end.
     selection.files.sort(reverse=True)
-    jobs = (Job(*selection.locate(file.name), run.options, run.servers, size=file.size) for file in selection.files)
+    jobs = (
+        Job(*selection.locate(file.name), run.options, run.servers, size=file.size, is_new=file.is_new)
+        for file in selection.files
+    )
     for job, ended in run.synchronize_all(jobs, selection.size, len(selection.files)):
         addresses = job.source_address, job.target_address
         if isinstance(ended, ProgramError):

@@ -38,6 +38,8 @@ class Chosen(NamedTuple):
 
     size: int
     name: str
+    is_new: bool = False
+    """Whether the target doesn't have it yet."""
 
 
 class Selection:
@@ -178,7 +180,7 @@ def _choose(entry: Entry, there: Kind, rules: Sequence[Rule], selection: Selecti
             target=str(selection.target),
         )  # fmt: skip
     elif entry.kind is Kind.FILE:
-        selection.files.append(Chosen(entry.size, entry.name))
+        selection.files.append(Chosen(entry.size, entry.name, there is Kind.MISSING))
     elif there is Kind.MISSING:
         selection.folders.append(entry.name)
 

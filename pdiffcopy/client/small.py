@@ -90,10 +90,12 @@ class _Group:
         everything = range(len(self.jobs))
         method = self._make_planner(0, MISSING, MISSING).method
         question = Question(self.options.block_size, method, min(self.company.grain, self.options.block_size))
-        theirs = self.targets.summarize(everything, question)
-        missing = [i for i in everything if (there := theirs[i]) and not there.info.exists]
+        # What seems to be missing, and isn't, won't be created.
+        likely = [i for i in everything if not self.jobs[i].is_new]
+        theirs = dict(zip(likely, self.targets.summarize(likely, question), strict=True)) if likely else {}
+        missing = [i for i in everything if i not in theirs or ((there := theirs[i]) and not there.info.exists)]
         if self.options.delta_transfer:
-            known = {i: found for i in everything if (found := theirs[i]) and found.digest and not found.claim}
+            known = {i: found for i, found in theirs.items() if found and found.digest and not found.claim}
             yield from self._compare(known, question)
         if missing:
             yield from self._create(missing)

@@ -46,7 +46,7 @@ from pdiffcopy.wholes import MAX_WHOLE
 
 IN_FLIGHT, SMALL_IN_FLIGHT = 6, 192
 """How many files may be on their way at the same time, and how many small ones."""
-GROUP, GROUP_SIZE = 16, 16 * 1024 * 1024
+GROUP, GROUP_SIZE = 32, 32 * 1024 * 1024
 """How many small files a worker process works on at a time, and how many bytes they have at most."""
 COMPARED_AT_A_TIME = 2
 """How many files are compared at the same time."""
@@ -60,6 +60,7 @@ class Small(NamedTuple):
     number: int
     source: Address
     target: Address
+    is_new: bool
 
 
 Work = tuple[int, "Plan | list[Small]", "Batch | ProgramError | int"]
@@ -179,7 +180,8 @@ class _Flight:
         size = job.size or 0
         if len(self.group) == GROUP or self.group_size + size > GROUP_SIZE:
             self._send_group()
-        self.group.append(Small(self._note(_Progress(job, expected=1)), job.source_address, job.target_address))
+        number = self._note(_Progress(job, expected=1))
+        self.group.append(Small(number, job.source_address, job.target_address, job.is_new))
         self.group_size += size
 
     def _send_group(self) -> None:
@@ -306,7 +308,10 @@ class _Worker:
 
     def _bring(self, files: list[Small]) -> list[Outcome]:
         """Bring small files into line: those that are plain at once, the others side by side."""
-        jobs = {file.number: Job(file.source, file.target, self.options, self.combining) for file in files}
+        jobs = {
+            file.number: Job(file.source, file.target, self.options, self.combining, is_new=file.is_new)
+            for file in files
+        }
         found = self.small.bring(list(jobs.values())) if self.small.suits else [None] * len(jobs)
         outcomes: list[Outcome] = [(number, report) for number, report in zip(jobs, found, strict=True) if report]
         rest = [number for number, report in zip(jobs, found, strict=True) if not report]
