@@ -29,6 +29,9 @@ REPORTING_DELAY = 2.5
 class Pair:
     """A source and its target, of one size (in bytes)."""
 
+    is_renewed = False
+    """Whether some contenders make a new file of the target, so that what differs takes memory once more."""
+
     def __init__(self, folder: Path, name: str, size: int):
         """
         Make the files.
@@ -84,9 +87,10 @@ class Pair:
                         file.write(self._get_junk(position, length))
             _sync(self.target)
         self.warm()
-        if layout == MISSING:
-            use_memory(self.target.with_suffix(".scratch"), self.size)
-        return sum(size for _, size in extents)
+        changed = sum(size for _, size in extents)
+        if layout == MISSING or self.is_renewed:
+            use_memory(self.target.with_suffix(".scratch"), changed)
+        return changed
 
     def warm(self) -> None:
         """Read both files, so that they're in the page cache."""

@@ -276,6 +276,7 @@ class Suite:
         """New versions of files that begin as clones, against changes in place."""
         with Disk(self.bench.folder, 4 * self.memory_size) as folder:
             pair = Pair(folder, "versions", self.memory_size)
+            pair.is_renewed = True
             jobs = []
             for direction in BOTH:
                 for contender in (DEFAULT, ATOMIC):

@@ -17,12 +17,13 @@ from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import AbsentError, FileMissingError, RangeError, ReplacedError, TooLargeError
 from pdiffcopy.features import FEATURES
+from pdiffcopy.files import kernel
 from pdiffcopy.files.listing import list_folder
 from pdiffcopy.files.localfile import LocalFile, create_alone
 from pdiffcopy.files.metadata import read_metadata, try_metadata, write_metadata
 from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder, find_room, sync_folder
 from pdiffcopy.files.room import get_room
-from pdiffcopy.files.staging import NewVersion
+from pdiffcopy.files.staging import NewVersion, is_new_version
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.hashing import Hashers, get_hasher, get_methods
 from pdiffcopy.pace import UNLIMITED
@@ -141,6 +142,9 @@ class LocalReplica(Replica):
         blockwise = reading.block_size and BlockwiseHasher(reading.block_size, get_hasher(reading.method))
         with self._open(write=True) as file:
             file.write(extents, reading.chunks, reading.digest, run, blockwise or None)
+            if is_new_version(self.filename):  # which is going to be flushed: let there be little left to do then
+                start = extents[0].offset
+                kernel.start_write_back(file.fd, start, sum(extents[-1]) - start)
 
     def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
         """See :meth:`Replica.clear`."""
