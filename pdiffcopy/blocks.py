@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "DEFAULT_MODE",
+    "FOLDER_MODE",
     "HOLES",
     "MAX_ID",
     "MAX_MODE",
@@ -44,7 +45,7 @@ MAX_TIME = 2**63 * 10**9
 """The largest distance from 1970 that it knows, in nanoseconds (``time_t`` counts seconds), forwards or backwards."""
 MAX_MODE = 0o777
 """The permission bits of a file, without those that change the identity of a process (set-id)."""
-DEFAULT_MODE = 0o666
+DEFAULT_MODE, FOLDER_MODE = 0o666, 0o777
 """Those of a file of which they aren't known."""
 MAX_ID = 2**32 - 2
 """The highest number of a user or a group (the one after it means that there is none)."""

@@ -22,6 +22,7 @@ from pdiffcopy.protocol import (
     HashesRequest,
     HolesRequest,
     InfoRequest,
+    MakeFolderRequest,
     MetadataRequest,
     PiecesRequest,
     ReleaseRequest,
@@ -30,7 +31,7 @@ from pdiffcopy.protocol import (
 )
 from pdiffcopy.request import Request
 from pdiffcopy.wholes import MAX_WHOLE, CreateRequest, FetchRequest, SummaryRequest
-from pdiffcopy.words import check_digest
+from pdiffcopy.words import Filename, check_digest, word
 
 MAX_PARTS = 64
 """How many requests there may be in one."""
@@ -48,6 +49,7 @@ COMBINABLE: tuple[type[Request], ...] = (
     ResizeRequest,
     ClaimRequest,
     ReleaseRequest,
+    MakeFolderRequest,
     MetadataRequest,
     SetMetadataRequest,
 )
@@ -78,6 +80,14 @@ def decode_frame(take: Callable[[int], bytes]) -> bytes:
         if compute_digest(head).encode("ascii") == frame[2]:
             return head
     raise DamagedError("What was sent as several things was damaged on its way")
+
+
+class ManyRequest(Request):
+    """Several requests at a time: they are the body."""
+
+    verb, endpoint, action = "POST", "many", "many"
+
+    filename: str = word(Filename(), "/")
 
 
 class PartRequest(NamedTuple):

@@ -37,7 +37,7 @@ Supported options:
 
   -a, --archive
 
-    The same as -r -p -t -o -g.
+    The same as -r -p -t -o -g. With -r these hold for folders, too.
 
   --include=GLOB, --exclude=GLOB
 

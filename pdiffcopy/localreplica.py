@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 
 from pdiffcopy import __version__
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
+from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
 from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import AbsentError, FileMissingError, RangeError, ReplacedError, TooLargeError
@@ -20,8 +20,8 @@ from pdiffcopy.features import FEATURES
 from pdiffcopy.files import kernel
 from pdiffcopy.files.listing import list_folder
 from pdiffcopy.files.localfile import LocalFile, create_alone
-from pdiffcopy.files.metadata import read_metadata, try_metadata, write_metadata
-from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder, find_room, sync_folder
+from pdiffcopy.files.metadata import read_metadata, try_metadata, write_folder_metadata, write_metadata
+from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder, find_room, opened_folder, sync_folder
 from pdiffcopy.files.room import get_room
 from pdiffcopy.files.staging import NewVersion, is_new_version
 from pdiffcopy.files.stored import Stored
@@ -218,17 +218,24 @@ class LocalReplica(Replica):
 
     def metadata(self) -> Metadata:
         """See :meth:`.Replica.metadata`."""
+        if self.is_folder:
+            with opened_folder(self.filename, self.namespace) as fd:
+                return read_metadata(fd, self.filename)
         with self._open() as file:
             return read_metadata(file.fd, self.filename)
 
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.set_metadata`."""
+        if self.is_folder:
+            with opened_folder(self.filename, self.namespace) as fd:
+                write_folder_metadata(fd, self.filename, metadata)
+            return
         with self._open(write=True) as file, file.claims.writing(run):
             (try_metadata if in_advance else write_metadata)(file.fd, self.filename, metadata)
 
-    def make_folder(self) -> None:
+    def make_folder(self, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Replica.make_folder`."""
-        create_folder(self.filename, self.namespace)
+        create_folder(self.filename, self.namespace, mode)
 
     def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""

@@ -14,6 +14,7 @@ from typing import Any
 from pdiffcopy import BLOCK_SIZE
 from pdiffcopy.blocks import (
     DEFAULT_MODE,
+    FOLDER_MODE,
     MAX_ID,
     MAX_MODE,
     MAX_OFFSET,
@@ -37,7 +38,6 @@ from pdiffcopy.words import (
     MAX_EXTENTS,
     RUN,
     Extents,
-    Filename,
     Flag,
     Integer,
     Packed,
@@ -245,6 +245,8 @@ class MakeFolderRequest(Request):
 
     verb, endpoint, action, writes = "POST", "folder", "make_folder", True
 
+    mode: int = word(Integer(0, MAX_MODE), FOLDER_MODE)
+
 
 class ReleaseRequest(Request):
     """The end of a claim."""
@@ -255,13 +257,15 @@ class ReleaseRequest(Request):
 
 
 class MetadataRequest(Request):
-    """The metadata of a file."""
+    """The metadata of a file, or of a folder."""
 
     verb, endpoint, action = "GET", "metadata", "metadata"
 
+    folder: bool = word(Flag(), False)
+
 
 class SetMetadataRequest(Request):
-    """Other metadata for a file: those that are given."""
+    """Other metadata for a file, or for a folder: those that are given."""
 
     verb, endpoint, action, writes = "POST", "metadata", "set_metadata", True
 
@@ -273,6 +277,7 @@ class SetMetadataRequest(Request):
     mtime_ns: int | None = word(Time(), None)
     in_advance: bool = word(Flag(), False)
     run: str = word(RUN, "")
+    folder: bool = word(Flag(), False)
 
     @classmethod
     def of(cls, metadata: Metadata, **words: Any) -> SetMetadataRequest:
@@ -313,14 +318,6 @@ class SyncRequest(Request):
     run: str = word(RUN, "")
 
 
-class ManyRequest(Request):
-    """Several requests at a time: they are the body (see :mod:`.bundles`)."""
-
-    verb, endpoint, action = "POST", "many", "many"
-
-    filename: str = word(Filename(), "/")
-
-
 def _place(extents: Sequence[Extent]) -> dict[str, Any]:
     return {"extents" if len(extents) <= MAX_EXTENTS else "packed": tuple(extents)}
 
@@ -343,6 +340,5 @@ REQUESTS: tuple[type[Request], ...] = (
     StageRequest,
     CommitRequest,
     SyncRequest,
-    ManyRequest,
 )
 """All there are: what a server answers."""

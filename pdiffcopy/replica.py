@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pdiffcopy import digests
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata
+from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata
 from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import ProgramError, ReplacedError, SourceChangedError
 from pdiffcopy.files.splice import Chunk
@@ -64,6 +64,8 @@ class Replica(ABC):
     """What messages call it."""
     file_id = ""
     """Which file the name has to lead to (empty: any)."""
+    is_folder = False
+    """Whether it is a folder, of which the metadata are meant."""
     is_source = False
     """Whether a replacement means that the source has changed."""
     flush = False
@@ -190,20 +192,24 @@ class Replica(ABC):
 
     @abstractmethod
     def metadata(self) -> Metadata:
-        """Tell whose the file is, who may use it, and when it was changed."""
+        """Tell whose the file (or the folder) is, who may use it, and when it was changed."""
 
     @abstractmethod
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """
-        Give the file other metadata.
+        Give the file (or the folder) other metadata.
 
         :param in_advance: Whether the contents are still to come: it's only found out whether all of it may be, and
                            those lose access who aren't going to have any.
         """
 
     @abstractmethod
-    def make_folder(self) -> None:
-        """Create a folder of this name, and the folders that lead to it, unless it exists."""
+    def make_folder(self, mode: int = FOLDER_MODE) -> None:
+        """
+        Create a folder of this name, and the folders that lead to it, unless it exists.
+
+        :param mode: Whom it is for, at most (permission bits; the umask takes away some).
+        """
 
     @abstractmethod
     def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:

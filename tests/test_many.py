@@ -13,7 +13,7 @@ import pytest
 from pdiffcopy.address import Address
 from pdiffcopy.client import Client
 from pdiffcopy.client.summary import FileReport, Summary
-from pdiffcopy.exceptions import FilesFailedError, ProgramError, SourceChangedError, UsageError
+from pdiffcopy.exceptions import FileForbiddenError, FilesFailedError, ProgramError, SourceChangedError, UsageError
 from tests.support import error_lines, find_free_port, make_data, run_pdiffcopy, write_pattern
 
 DIRECTIONS = ("local", "upload", "download")
@@ -306,6 +306,61 @@ def test_archive_keeps_metadata(tmp_path, place, tree):
     status = (tmp_path / "target/db/b").stat()
     assert (status.st_uid, status.st_gid, status.st_mtime_ns) == (1234, 5678, 5)
     assert stat.S_IMODE(status.st_mode) == 0o604
+
+
+def test_archive_keeps_the_metadata_of_folders(tmp_path, place, tree):
+    """Of those that are new and of those that are there, also when something is put into them: files come first."""
+    folders = [tree, *(path for path in sorted(tree.rglob("*")) if path.is_dir() and not path.is_symlink())]
+    for number, folder in enumerate(folders):
+        folder.chmod(0o750 + number % 2)
+    for number, folder in enumerate(reversed(folders)):
+        os.utime(folder, ns=(1, 10**18 + number))
+    target = tmp_path / "target"
+    (target / folders[-1].relative_to(tree)).mkdir(parents=True)
+    (target / folders[-1].relative_to(tree)).chmod(0o2700)
+    run("-a", *place(tree, target))
+    for folder in folders:
+        before, after = folder.stat(), (target / folder.relative_to(tree)).stat()
+        assert (after.st_mode & 0o777, after.st_mtime_ns) == (before.st_mode & 0o777, before.st_mtime_ns)
+    assert (target / folders[-1].relative_to(tree)).stat().st_mode & 0o7000 == 0o2000
+    assert run("-a", *place(tree, target))["failed"] == 0
+
+
+def test_new_folders_are_for_nobody_else(tmp_path, place):
+    """The mode of the source, under the umask, but whoever makes one can write to it. What is there stays as it is."""
+    source = make_tree(tmp_path / "source", a__b__f=1, c__g=2, d__h=3)
+    modes = {"a": 0o750, "a/b": 0o500, "c": 0o777, "d": 0o700}
+    for name, mode in modes.items():
+        (source / name).chmod(mode)
+    target = tmp_path / "target"
+    (target / "d").mkdir(parents=True, mode=0o755)
+    run("-r", *place(source, target))
+    found = {name: (target / name).stat().st_mode & 0o777 for name in modes}
+    assert found == {"a": 0o750, "a/b": 0o700, "c": 0o755, "d": 0o755}
+
+
+def test_empty_folder_makes_a_folder(tmp_path, place):
+    """Also the one that is named."""
+    (tmp_path / "source" / "empty").mkdir(parents=True)
+    run("-r", *place(tmp_path / "source", tmp_path / "x" / "target"))
+    assert os.listdir(tmp_path / "x" / "target") == ["empty"]
+
+
+def test_folder_that_can_not_get_its_metadata_is_a_failure(tmp_path, monkeypatch):
+    """The files are done all the same."""
+    source = make_tree(tmp_path / "source", a__f=1)
+    monkeypatch.setattr("pdiffcopy.localreplica.write_folder_metadata", _refuse)
+    client = Client(source=str(source), target=str(tmp_path / "target"), recursive=True, perms=True)
+    summary = Summary()
+    files = list(client.run_files(summary))
+    assert [(Path(file.target.filename).name, file.outcome) for file in files] == [
+        ("f", "created"), ("a", "failed"), ("target", "failed"),
+    ]  # fmt: skip
+    assert summary.exit_codes == {1}
+
+
+def _refuse(fd: int, filename: str, metadata: object) -> None:
+    raise FileForbiddenError("Can't set the mode of {filename}", filename=filename)
 
 
 def test_archive_takes_a_file_too(tmp_path, place, tree):

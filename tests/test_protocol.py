@@ -85,7 +85,7 @@ WORDS = {
     "digest": st.just("0123456789abcdef" * 2),
     "grain": st.just(512),
     "depth": st.integers(0, MAX_DEPTH),
-    **dict.fromkeys(["checks", "flush", "drop", "data", "create", "keep", "in_advance"], st.booleans()),
+    **dict.fromkeys(["checks", "flush", "drop", "data", "create", "keep", "in_advance", "folder"], st.booleans()),
 }
 
 
@@ -131,11 +131,11 @@ def test_requests_take_their_words_and_no_others(words):
 
 def test_each_request_is_a_method_of_a_replica():
     """The routes and the replica have the same table, and no route is there twice."""
-    assert {kind.action for kind in REQUESTS} - {"many"} == Replica.__abstractmethods__ - {"digest"}
+    assert {kind.action for kind in REQUESTS} == Replica.__abstractmethods__ - {"digest"}
     assert len({(kind.verb, kind.endpoint) for kind in REQUESTS}) == len(REQUESTS)
     reading = {"info", "entries", "hashes", "holes", "pieces", "read", "metadata"}
-    assert {kind.action for kind in REQUESTS if not kind.writes} == {*reading, "many"}
-    assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS if kind.action != "many")
+    assert {kind.action for kind in REQUESTS if not kind.writes} == reading
+    assert all(kind.writes == (kind.verb == "POST") for kind in REQUESTS)
 
 
 def test_requests_are_those_of_the_frozen_protocol():

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pdiffcopy.bundles import PartAnswer, decode_answers, decode_frame, encode_frame, encode_requests
+from pdiffcopy.bundles import ManyRequest, PartAnswer, decode_answers, decode_frame, encode_frame, encode_requests
 from pdiffcopy.client.exchange import Server
 from pdiffcopy.exceptions import DamagedError, TransientError
 from pdiffcopy.files.splice import Chunk, Parts, PartsError
 from pdiffcopy.files.stored import Joined
-from pdiffcopy.protocol import ManyRequest
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from pdiffcopy.client.folders import complete_folders, make_folders
 from pdiffcopy.client.job import Job
 from pdiffcopy.client.run import Run
 from pdiffcopy.client.selection import Selection
@@ -27,7 +28,7 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
     summary = Summary() if summary is None else summary
     summary.skipped.update(selection.skipped)
     if not run.options.dry_run:
-        _make_folders(selection, run)
+        make_folders(selection, run.servers)
     # Large ones first: they may have to be waited for at the end.
     selection.files.sort(reverse=True)
     jobs = (
@@ -40,14 +41,15 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
             file = FileReport(*addresses, error=ended)
         else:
             file = FileReport(*addresses, report=ended)
-        summary.add(file)
-        logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, ended)
+        _note(file, summary)
         yield file
+    if run.options.wants_metadata and not run.options.dry_run:
+        for addresses, error in complete_folders(selection, run.options, run.servers):
+            file = FileReport(*addresses, error=error)
+            _note(file, summary)
+            yield file
 
 
-def _make_folders(selection: Selection, run: Run) -> None:
-    folders = selection.folders
-    for folder, following in zip(folders, [*folders[1:], ""], strict=False):
-        if not following.startswith(f"{folder}/"):  # which is made with that
-            _, address = selection.locate(folder)
-            run.servers.open(address).make_folder()
+def _note(file: FileReport, summary: Summary) -> None:
+    summary.add(file)
+    logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, file.error or file.report)

@@ -25,7 +25,17 @@ from pdiffcopy.answers import (
     decode_metadata,
     decode_staged,
 )
-from pdiffcopy.blocks import DEFAULT_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, count_blocks, total_size
+from pdiffcopy.blocks import (
+    DEFAULT_MODE,
+    FOLDER_MODE,
+    BlockDigest,
+    Extent,
+    FileInfo,
+    Hole,
+    Metadata,
+    count_blocks,
+    total_size,
+)
 from pdiffcopy.client.delta import get_end, in_order
 from pdiffcopy.client.exchange import Answer, Server, make_foreign_error
 from pdiffcopy.entries import Entry, check_entries, skip_to
@@ -265,15 +275,16 @@ class RemoteReplica(Replica):
 
     def metadata(self) -> Metadata:
         """See :meth:`.Replica.metadata`."""
-        return decode_metadata(self._ask(self._make(MetadataRequest)))
+        return decode_metadata(self._ask(self._make(MetadataRequest, folder=self.is_folder)))
 
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.set_metadata`."""
-        self._ask(self._make(SetMetadataRequest.of, metadata, in_advance=in_advance, run=run))
+        words = {"in_advance": in_advance, "run": run, "folder": self.is_folder}
+        self._ask(self._make(SetMetadataRequest.of, metadata, **words))
 
-    def make_folder(self) -> None:
+    def make_folder(self, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Replica.make_folder`."""
-        self._ask(self._make(MakeFolderRequest))
+        self._ask(self._make(MakeFolderRequest, mode=mode))
 
     def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""

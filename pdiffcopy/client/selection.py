@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A file that was chosen."""
+    """A file or a folder that was chosen."""
 
     size: int
     name: str
@@ -57,8 +57,8 @@ class Selection:
         self.root = _strip(sources[0])
         self.sources = {} if is_tree else {os.path.basename(source.filename): source for source in sources}
         self.files: list[Chosen] = []
-        self.folders: list[str] = []
-        """The folders that the target doesn't have."""
+        self.folders: list[Chosen] = []
+        """The folder and those below it, each before what is in it."""
         self.skipped: Counter[str] = Counter()
         """How many things of which kind were left out, and how many files were excluded."""
 
@@ -76,6 +76,8 @@ class Selection:
         """Tell where a file is, and where it belongs. Below two folders nothing is followed."""
         if not self.is_tree:
             return self.sources[name], join(self.target, name)
+        if not name:
+            return self.root, self.target
         ours, theirs = (root._replace(within=root.filename) for root in (self.root, self.target))
         return join(ours, name), join(theirs, name)
 
@@ -144,6 +146,7 @@ def select_tree(source: Address, target: Address, rules: Sequence[Rule], servers
     for entry, there in match(ours, theirs):
         if not entry.name:
             _check_folders(entry.kind, there, replicas)
+            selection.folders.append(Chosen(0, "", there is Kind.MISSING))
             continue
         _choose(entry, there, rules, selection)
     return selection
@@ -181,8 +184,8 @@ def _choose(entry: Entry, there: Kind, rules: Sequence[Rule], selection: Selecti
         )  # fmt: skip
     elif entry.kind is Kind.FILE:
         selection.files.append(Chosen(entry.size, entry.name, there is Kind.MISSING))
-    elif there is Kind.MISSING:
-        selection.folders.append(entry.name)
+    else:
+        selection.folders.append(Chosen(0, entry.name, there is Kind.MISSING))
 
 
 def _is_included(name: str, rules: Sequence[Rule]) -> bool:

@@ -23,7 +23,7 @@ from pdiffcopy.features import FEATURES
 from pdiffcopy.files.splice import Chunk
 from pdiffcopy.hashing import get_methods
 from pdiffcopy.localreplica import LocalReplica
-from pdiffcopy.protocol import InfoRequest, MetadataRequest, SetMetadataRequest
+from pdiffcopy.protocol import InfoRequest, MakeFolderRequest, MetadataRequest, SetMetadataRequest
 from pdiffcopy.replica import Reading, Replica
 from pdiffcopy.request import Request
 from pdiffcopy.wholes import CreateRequest, FetchRequest, Summary, SummaryRequest, decode_summary
@@ -62,6 +62,9 @@ class Files(Protocol):
     def peer(self) -> PeerInfo:
         """What their side can do."""
 
+    def make_folders(self, modes: Sequence[int]) -> list[bool]:
+        """Make all of them, which are folders, and tell whether they exist."""
+
     def summarize(self, which: Sequence[int], question: Question) -> list[Summary | None]:
         """Tell what is to be known of files that may be equal to others."""
 
@@ -96,6 +99,13 @@ class _Near:
     def __init__(self, replicas: list[LocalReplica]):
         self.replicas: Sequence[LocalReplica] = replicas
         self.peer = PeerInfo(__version__, FEATURES, get_methods())
+
+    def make_folders(self, modes: Sequence[int]) -> list[bool]:
+        return [_try(partial(self._make_folder, i, mode)) is True for i, mode in enumerate(modes)]
+
+    def _make_folder(self, i: int, mode: int) -> bool:
+        self.replicas[i].make_folder(mode)
+        return True
 
     def summarize(self, which: Sequence[int], question: Question) -> list[Summary | None]:
         return [_try(partial(self._summarize, i, question)) for i in which]
@@ -152,7 +162,14 @@ class _Far:
     def __init__(self, replicas: list[RemoteReplica]):
         self.replicas: Sequence[RemoteReplica] = replicas
         self.server = replicas[0].server
-        self.peer = self.server.peer or replicas[0].info()[1]
+
+    @property
+    def peer(self) -> PeerInfo:
+        return self.server.peer or self.replicas[0].info()[1]
+
+    def make_folders(self, modes: Sequence[int]) -> list[bool]:
+        requests = [self._make(i, MakeFolderRequest, mode=mode) for i, mode in enumerate(modes)]
+        return [answer.status == 200 for answer in self._ask(requests)]
 
     def summarize(self, which: Sequence[int], question: Question) -> list[Summary | None]:
         requests = [self._make(i, SummaryRequest, **question._asdict()) for i in which]
@@ -196,8 +213,11 @@ class _Far:
 
     def _make(self, i: int, make: Callable[..., Request], *arguments: Any, **words: Any) -> Request:
         replica = self.replicas[i]
-        flush = {"flush": True} if replica.flush and make in (SummaryRequest, FetchRequest) else {}
-        return make(*arguments, filename=replica.filename, within=replica.within, **flush, **words)
+        if make in (SummaryRequest, FetchRequest):
+            words["flush"] = replica.flush
+        elif make in (MetadataRequest, SetMetadataRequest.of):
+            words["folder"] = replica.is_folder
+        return make(*arguments, filename=replica.filename, within=replica.within, **words)
 
     def _ask(self, requests: Sequence[Request], contents: Sequence[Reading] = ()) -> list[PartAnswer]:
         if not requests:

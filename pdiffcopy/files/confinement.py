@@ -15,6 +15,7 @@ import errno
 import os
 import stat
 
+from pdiffcopy.blocks import FOLDER_MODE
 from pdiffcopy.exceptions import FileError
 from pdiffcopy.files.names import Namespace, reopen
 
@@ -65,9 +66,9 @@ class Root(Namespace):
             return self._walk(filename, flags, mode)
         return _openat2(self.fd, filename, flags, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
 
-    def make_folder(self, filename: str) -> None:
+    def make_folder(self, filename: str, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Namespace.make_folder`."""
-        _make_folder(self, filename)
+        _make_folder(self, filename, mode)
 
     def _walk(self, filename: str, flags: int, mode: int) -> int:  # noqa: C901 (it is what the kernel does)
         todo = _split(filename)
@@ -141,12 +142,12 @@ class Within(Namespace):
         finally:
             os.close(folder)
 
-    def make_folder(self, filename: str) -> None:
+    def make_folder(self, filename: str, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Namespace.make_folder`."""
         if self._is_inside(filename):
-            _make_folder(self, filename)
+            _make_folder(self, filename, mode)
         else:
-            self.outer.make_folder(filename)
+            self.outer.make_folder(filename, mode)
 
 
 def contain(namespace: Namespace, folder: str) -> Namespace:
@@ -154,11 +155,11 @@ def contain(namespace: Namespace, folder: str) -> Namespace:
     return Within(namespace, folder) if folder else namespace
 
 
-def _make_folder(namespace: Namespace, filename: str) -> None:
+def _make_folder(namespace: Namespace, filename: str, mode: int) -> None:
     folder, name = os.path.split(filename.rstrip("/"))
     parent = namespace.open(folder or "/", _FOLDER)
     try:
-        os.mkdir(name or ".", 0o777, dir_fd=parent)
+        os.mkdir(name or ".", mode, dir_fd=parent)
     finally:
         os.close(parent)
 

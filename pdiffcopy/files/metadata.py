@@ -49,6 +49,14 @@ def write_metadata(fd: int, filename: str, metadata: Metadata) -> None:
             os.utime(fd, ns=(os.fstat(fd).st_atime_ns, metadata.mtime_ns))
 
 
+def write_folder_metadata(fd: int, filename: str, metadata: Metadata) -> None:
+    """Give an open folder other metadata, see :func:`write_metadata`. It keeps its set-id bits, and the sticky one."""
+    if metadata.mode is not None:
+        kept = stat.S_IMODE(os.fstat(fd).st_mode) & ~MAX_MODE
+        metadata = metadata._replace(mode=metadata.mode & MAX_MODE | kept)
+    write_metadata(fd, filename, metadata)
+
+
 def try_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     """
     Find out whether an open file may get other metadata, as long as its contents are still to come.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from pdiffcopy.blocks import DEFAULT_MODE
+from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE
 from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, UsageError, translating
 from pdiffcopy.files.kernel import PSEUDO, get_file_system
 from pdiffcopy.files.room import get_room
@@ -40,9 +41,9 @@ class Namespace:
         """Open a file like :func:`os.open` does."""
         return os.open(filename, flags, mode)
 
-    def make_folder(self, filename: str) -> None:
+    def make_folder(self, filename: str, mode: int = FOLDER_MODE) -> None:
         """Make a folder like :func:`os.mkdir` does."""
-        os.mkdir(filename)
+        os.mkdir(filename, mode)
 
 
 MACHINE = Namespace()
@@ -97,15 +98,22 @@ def make_absolute(filename: str) -> str:
         raise UsageError(text, filename=filename, reason=e.strerror) from e
 
 
+@contextmanager
+def opened_folder(folder: str, namespace: Namespace) -> Iterator[int]:
+    """Open a folder to do something with the folder itself."""
+    with translating("open", folder):
+        fd = namespace.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def sync_folder(filename: str, namespace: Namespace) -> None:
     """Flush the folder that has the name of a file to its disk."""
     folder = os.path.dirname(filename) or "."
-    with translating("flush", folder):
-        fd = namespace.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    with opened_folder(folder, namespace) as fd, translating("flush", folder):
+        os.fsync(fd)
 
 
 def create_file(filename: str, namespace: Namespace, mode: int = DEFAULT_MODE) -> None:
@@ -123,15 +131,17 @@ def create_file(filename: str, namespace: Namespace, mode: int = DEFAULT_MODE) -
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
 
 
-def create_folder(filename: str, namespace: Namespace) -> None:
+def create_folder(filename: str, namespace: Namespace, mode: int = FOLDER_MODE) -> None:
     """
     Create a folder, and the folders that lead to it, unless it exists.
 
+    :param mode: Whom it is for, at most (permission bits; the umask takes away some).
     :raises: :exc:`.FileError` when that isn't possible, or makes no sense.
     """
     with translating("create", filename):
         _check_place(filename, namespace)
-        _make_folders(filename, namespace)
+        # The run that creates it is going to create files in it, whether the source may be written to or not.
+        _make_folders(filename, namespace, mode | stat.S_IRWXU)
 
 
 def make_place(filename: str, namespace: Namespace) -> None:
@@ -186,7 +196,7 @@ def check_folder(fd: int, filename: str, exists: bool = False) -> None:
         raise FileMissingError("Can't create {filename}: there is no such device", filename=filename)
 
 
-def _make_folders(folder: str, namespace: Namespace) -> None:
+def _make_folders(folder: str, namespace: Namespace, mode: int = FOLDER_MODE) -> None:
     try:
         os.close(namespace.open(folder, _FOLDER))
         return
@@ -194,4 +204,4 @@ def _make_folders(folder: str, namespace: Namespace) -> None:
         names = folder.split("/")
     for i in range(1, len(names) + 1):
         with suppress(FileExistsError):
-            namespace.make_folder("/".join(names[:i]) or "/")
+            namespace.make_folder("/".join(names[:i]) or "/", mode if i == len(names) else FOLDER_MODE)

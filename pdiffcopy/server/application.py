@@ -25,6 +25,7 @@ from werkzeug.exceptions import HTTPException
 
 from pdiffcopy import answers, protocol, streams
 from pdiffcopy.blocks import SET_ID_BITS
+from pdiffcopy.bundles import ManyRequest
 from pdiffcopy.cores import count_cores
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.entries import Entry
@@ -86,7 +87,8 @@ def create_app(settings: Settings, gate: Gate | None = None) -> Flask:
     application.before_request(views.authenticate)
     application.after_request(_sign)
     application.register_error_handler(Exception, _handle_error)
-    for kind in protocol.REQUESTS:
+    kinds: tuple[type[Request], ...] = (*protocol.REQUESTS, ManyRequest)
+    for kind in kinds:
         application.add_url_rule(
             f"/{kind.endpoint}", kind.action, partial(views.handle, kind), methods=[kind.verb],
             provide_automatic_options=False,
@@ -126,10 +128,11 @@ class _Views:
         namespace = contain(self.namespace, request.within)
         replica = LocalReplica(request.filename, namespace, _HASHERS, watch_client(flask.request.environ))
         replica.file_id, replica.pace = request.file_id, self.pace
-        replica.flush, replica.drop = getattr(request, "flush", False), getattr(request, "drop", False)
+        for name, word in (("flush", "flush"), ("drop", "drop"), ("is_folder", "folder")):
+            setattr(replica, name, getattr(request, word, False))
         return request, replica
 
-    def many(self, request: protocol.ManyRequest, replica: LocalReplica) -> Any:
+    def many(self, request: ManyRequest, replica: LocalReplica) -> Any:
         """``POST /many``"""
         return answer_many(flask.request.environ, self, _handle_error)
 
@@ -223,7 +226,7 @@ class _Views:
 
     def make_folder(self, request: protocol.MakeFolderRequest, replica: LocalReplica) -> Any:
         """``POST /folder``"""
-        replica.make_folder()
+        replica.make_folder(request.mode)
         return {}
 
     def stage(self, request: protocol.StageRequest, replica: LocalReplica) -> Response:
