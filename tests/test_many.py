@@ -394,14 +394,14 @@ def test_links_that_appear_meanwhile_are_not_followed(tmp_path, monkeypatch, tre
 
     target = make_tree(tmp_path / "target", db__b=7)
     (tmp_path / "outside").mkdir()
-    sort = many._make_folders
+    make_folders = many.make_folders
 
-    def exchange(selection, run):
-        sort(selection, run)
+    def exchange(selection, servers):
+        make_folders(selection, servers)
         os.rename(target / "db", tmp_path / "moved")
         (target / "db").symlink_to("../outside")
 
-    monkeypatch.setattr(many, "_make_folders", exchange)
+    monkeypatch.setattr(many, "make_folders", exchange)
     client = Client(source=str(tree), target=str(target), recursive=True)
     files = {str(file.source).removeprefix(f"{tree}/"): file for file in client.run_files()}
     assert files["db/b"].error and files["db/sub/c"].error

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from queue import Queue
+from queue import Queue, SimpleQueue
 from typing import NamedTuple
 
 from pdiffcopy.address import Address
@@ -244,32 +244,41 @@ class _Comparisons:
         self.find, self.servers, self.orders, self.is_alone, self.is_idle = find, servers, orders, is_alone, is_idle
         self.unfinished: set[int] = set()
         self.failed: set[int] = set()
+        self.plans: SimpleQueue[tuple[int, Plan] | None] = SimpleQueue()
         self.work: Queue[Work | BaseException | None] = Queue(1)
 
     def __iter__(self) -> Iterator[Work]:
         """Begin, and yield what there is to do."""
-        threading.Thread(target=self._take_orders, daemon=True).start()
-        while item := self.work.get():
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        # After a failure nobody takes what they have found, so the process can't wait for them.
+        for target in (self._take_orders, *[self._compare_all] * COMPARED_AT_A_TIME):
+            threading.Thread(target=target, daemon=True).start()
+        for _ in range(COMPARED_AT_A_TIME):
+            while item := self.work.get():
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
 
     def _take_orders(self) -> None:
         try:
-            with ThreadPoolExecutor(COMPARED_AT_A_TIME) as executor:
-                while order := self.orders.recv():
-                    if isinstance(order, int):
-                        self.failed.add(order)
-                        continue
-                    number, plan = order
-                    if isinstance(plan, list):
-                        self.work.put((number, plan, 1))
-                        continue
+            while order := self.orders.recv():
+                if isinstance(order, int):
+                    self.failed.add(order)
+                    continue
+                number, plan = order
+                if isinstance(plan, list):
+                    self.work.put((number, plan, 1))
+                else:
                     self.unfinished.add(number)
-                    executor.submit(self._compare, number, plan)
-            self.work.put(None)
+                    self.plans.put(order)
+            for _ in range(COMPARED_AT_A_TIME):
+                self.plans.put(None)
         except BaseException as e:
             self.work.put(e)
+
+    def _compare_all(self) -> None:
+        while order := self.plans.get():
+            self._compare(*order)
+        self.work.put(None)
 
     def _compare(self, number: int, plan: Plan) -> None:
         count = 0
@@ -285,6 +294,7 @@ class _Comparisons:
         except BaseException as e:
             self.work.put(e)
         self.unfinished.discard(number)
+        self.failed.discard(number)
         self.work.put((number, plan, count))
 
     def _is_awaited(self) -> bool:
