@@ -29,7 +29,7 @@ from pdiffcopy.hashing import Hashers, get_hasher, get_methods
 from pdiffcopy.pace import UNLIMITED
 from pdiffcopy.replica import Reading, Replica, Staged
 from pdiffcopy.streams import format_hashes
-from pdiffcopy.wholes import MAX_WHOLE, Summary
+from pdiffcopy.wholes import MAX_WHOLE, FileSummary
 
 
 class LocalReplica(Replica):
@@ -165,15 +165,15 @@ class LocalReplica(Replica):
         with self._open(write=True) as file:
             return file.claims.take(run), file.info()
 
-    def summarize(self, block_size: int, method: str, grain: int) -> Summary:
+    def summarize(self, block_size: int, method: str, grain: int) -> FileSummary:
         """Tell what is to be known of a small file whose contents may be equal to those of another one."""
         with self._open() as file:
             info = self._look(file)
             stripes = Hashers(0).hash(file, 0, info.size, block_size, method, grain=grain)
             lines = b"".join(map(format_hashes, stripes))
             if info.describe_change(file.info()):
-                return Summary(info)
-            return Summary(info, get_hasher(method)(lines).hexdigest(), file.claims.find())
+                return FileSummary(info)
+            return FileSummary(info, get_hasher(method)(lines).hexdigest(), file.claims.find())
 
     @contextmanager
     def fetch(self, state_digest: bool) -> Iterator[tuple[FileInfo, Reading]]:

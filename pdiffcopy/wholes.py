@@ -57,7 +57,7 @@ class CreateRequest(Request):
     digest: str = word(DIGEST, "")
 
 
-class Summary(NamedTuple):
+class FileSummary(NamedTuple):
     """What is to be known of a file whose contents may be equal to those of another one."""
 
     info: FileInfo
@@ -67,12 +67,12 @@ class Summary(NamedTuple):
     """The run that has claimed it (empty: none has; :data:`None`: it can't be claimed)."""
 
 
-def encode_summary(summary: Summary) -> dict[str, Any]:
+def encode_summary(summary: FileSummary) -> dict[str, Any]:
     """Make the members of the answer to a :class:`SummaryRequest`."""
     return {"digest": summary.digest, "claim": summary.claim, **summary.info.as_dict()}
 
 
-def decode_summary(text: bytes) -> Summary:
+def decode_summary(text: bytes) -> FileSummary:
     """
     Read that answer.
 
@@ -82,5 +82,5 @@ def decode_summary(text: bytes) -> Summary:
     document = json.loads(text)
     digest, claim = document.get("digest"), document.get("claim")
     if isinstance(digest, str) and isinstance(claim, str | None):
-        return Summary(info, digest, claim)
+        return FileSummary(info, digest, claim)
     raise ProtocolError("The server's summary of a file isn't one")

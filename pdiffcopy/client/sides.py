@@ -26,7 +26,7 @@ from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.protocol import InfoRequest, MakeFolderRequest, MetadataRequest, SetMetadataRequest
 from pdiffcopy.replica import Reading, Replica
 from pdiffcopy.request import Request
-from pdiffcopy.wholes import CreateRequest, FetchRequest, Summary, SummaryRequest, decode_summary
+from pdiffcopy.wholes import CreateRequest, FetchRequest, FileSummary, SummaryRequest, decode_summary
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class Files(Protocol):
     def make_folders(self, modes: Sequence[int]) -> list[bool]:
         """Make all of them, which are folders, and tell whether they exist."""
 
-    def summarize(self, which: Sequence[int], question: Question) -> list[Summary | None]:
+    def summarize(self, which: Sequence[int], question: Question) -> list[FileSummary | None]:
         """Tell what is to be known of files that may be equal to others."""
 
     def infos(self, which: Sequence[int]) -> list[FileInfo | None]:
@@ -107,14 +107,14 @@ class _Near:
         self.replicas[i].make_folder(mode)
         return True
 
-    def summarize(self, which: Sequence[int], question: Question) -> list[Summary | None]:
+    def summarize(self, which: Sequence[int], question: Question) -> list[FileSummary | None]:
         return [_try(partial(self._summarize, i, question)) for i in which]
 
-    def _summarize(self, i: int, question: Question) -> Summary:
+    def _summarize(self, i: int, question: Question) -> FileSummary:
         try:
             return self.replicas[i].summarize(*question)
         except FileMissingError:
-            return Summary(MISSING)
+            return FileSummary(MISSING)
 
     def infos(self, which: Sequence[int]) -> list[FileInfo | None]:
         return [_try(partial(self._look, i)) for i in which]
@@ -171,9 +171,9 @@ class _Far:
         requests = [self._make(i, MakeFolderRequest, mode=mode) for i, mode in enumerate(modes)]
         return [answer.status == 200 for answer in self._ask(requests)]
 
-    def summarize(self, which: Sequence[int], question: Question) -> list[Summary | None]:
+    def summarize(self, which: Sequence[int], question: Question) -> list[FileSummary | None]:
         requests = [self._make(i, SummaryRequest, **question._asdict()) for i in which]
-        return [Summary(MISSING) if a.status == 404 else _read(a, decode_summary) for a in self._ask(requests)]
+        return [FileSummary(MISSING) if a.status == 404 else _read(a, decode_summary) for a in self._ask(requests)]
 
     def infos(self, which: Sequence[int]) -> list[FileInfo | None]:
         answers = self._ask([self._make(i, InfoRequest) for i in which])

@@ -31,7 +31,7 @@ from pdiffcopy.client.sides import MISSING, Creation, Question, group_files
 from pdiffcopy.exceptions import ProgramError
 from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.replica import Reading
-from pdiffcopy.wholes import MAX_WHOLE, Summary
+from pdiffcopy.wholes import MAX_WHOLE, FileSummary
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class _Group:
 
     # What is there {{{1
 
-    def _compare(self, there: dict[int, Summary], question: Question) -> Iterator[tuple[Job, Report]]:
+    def _compare(self, there: dict[int, FileSummary], question: Question) -> Iterator[tuple[Job, Report]]:
         ours = zip(there, self.sources.summarize(list(there), question), strict=True)
         plans = {i: plan for i, mine in ours if mine and (plan := self._judge(i, mine, there[i], question))}
         if self.options.wants_metadata:
@@ -120,7 +120,7 @@ class _Group:
             self.company.reporter.advance(plan.size, 0)
             yield job, report._replace(claimed=there[i].claim is not None)
 
-    def _judge(self, i: int, ours: Summary, theirs: Summary, question: Question) -> Plan | None:
+    def _judge(self, i: int, ours: FileSummary, theirs: FileSummary, question: Question) -> Plan | None:
         """Make the plan of a file that is equal already."""
         planner, job = self._make_planner(i, ours.info, theirs.info), self.jobs[i]
         plan = _plan(planner, job, Target(job.target_address, theirs.info, ours.info.size))
