@@ -162,7 +162,8 @@ class RemoteReplica(Replica):
                     yield [item]
                     position = get_end(item, block_size)
                     patience.succeeded()
-                next(lines, None)  # how it ended: a connection of which nothing is left can be used again
+                if self._get_size() <= end:  # otherwise there is more to come
+                    next(lines, None)  # how it ended: a connection of which nothing is left can be used again
             except TransientError as e:
                 patience.failed(e)
 

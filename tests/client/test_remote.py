@@ -352,6 +352,9 @@ def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
     """The file is longer there, which is no mistake; more lines than its size allows are one."""
     with canned(describe(20, features=[]), answer(body=b"15\tdd\n5\tbb\n0\taa\n10\tcc\n")) as (replica, _):
         assert digests_of(replica.hashes(5, "md5", 1, stop=10)) == ["aa", "bb"]
+    # It isn't waited for, however much there is to come.
+    with canned(describe(20, features=[]), answer(body=b"0\taa\n5\tbb\n", length=100)) as (replica, _):
+        assert digests_of(replica.hashes(5, "md5", 1, stop=10)) == ["aa", "bb"]
     lines = b"".join(b"%i\taa\n" % offset for offset in range(5, 100000, 5))
     with canned(describe(20, features=[]), answer(body=lines)) as (replica, _):
         with pytest.raises(ProtocolError, match="more hashes"):
@@ -461,6 +464,19 @@ def test_damaged_list_is_asked_for_again():
     with canned(damaged, answer(body=listed(*LIST)), retries=1) as (replica, requests):
         assert names_of(replica) == ["", "a", "a/b", "a.b", "c"]
     assert len(requests) == 2
+
+
+def test_connection_is_used_again_after_a_stream(server, tmp_path):
+    """Also after a list."""
+    (tmp_path / "file").write_bytes(bytes(20))
+    replica = make_replica(Address(f"{tmp_path}/file", "127.0.0.1", server.port))
+    for _ in range(3):
+        assert len(digests_of(replica.hashes(5, "md5", 1))) == 4
+        assert len(list(replica.entries(1))) == 1
+    pools = replica.server.session.get_adapter("http://").poolmanager.pools
+    (pool,) = [pools[key] for key in pools.keys()]  # noqa: SIM118 (it is no dictionary)
+    assert pool.num_connections == 1
+    replica.server.close()
 
 
 def test_hashes_go_on_where_they_broke_off():
