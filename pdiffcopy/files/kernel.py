@@ -48,6 +48,8 @@ _NO_FALLOCATE = frozenset([errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.E
 """How file systems refuse it that don't have it (fallocate(2))."""
 _PUNCH_HOLE = 0x1 | 0x2
 """``FALLOC_FL_KEEP_SIZE | _PUNCH_HOLE`` (linux/falloc.h)."""
+_ZERO_RANGE = 0x1 | 0x10
+"""``FALLOC_FL_KEEP_SIZE | _ZERO_RANGE`` (linux/falloc.h)."""
 _FICLONE = 0x40049409
 """``FICLONE`` (linux/fs.h)."""
 _RENAME_NOREPLACE = 0x1
@@ -100,6 +102,22 @@ def punch_hole(fd: int, offset: int, size: int) -> bool:
     :returns: :data:`False` when the file system can't do that.
     """
     return _fallocate(fd, _PUNCH_HOLE, offset, size)
+
+
+def zero_device(fd: int, offset: int, size: int) -> bool:
+    """
+    Let a part of a block device be zeros, as ``BLKZEROOUT`` does: they aren't sent to one that can do that itself.
+
+    It keeps its room: nothing is discarded.
+
+    :returns: :data:`False` when that isn't possible there: the part has to consist of sectors, for example.
+    """
+    try:
+        return _fallocate(fd, _ZERO_RANGE, offset, size)
+    except OSError as e:
+        if e.errno == errno.EBUSY:
+            return False
+        raise
 
 
 def allocate(fd: int, size: int) -> bool:

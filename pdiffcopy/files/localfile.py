@@ -30,6 +30,9 @@ from pdiffcopy.files.pagecache import Change
 from pdiffcopy.files.room import get_room
 from pdiffcopy.files.splice import Chunk, Piped, spread
 
+DEVICE_STEP = 16 * 1024 * 1024
+"""How much of a device becomes zeros in one go, in bytes: it may have to write them, and that is waited for."""
+
 
 class LocalFile(OpenFile):
     """A file that can be written to, see :class:`.OpenFile`."""
@@ -103,12 +106,19 @@ class LocalFile(OpenFile):
 
     def _write_zeros(self, extents: Sequence[Extent], run: str) -> None:
         with self.changing(extents) as change:
-            for part in cut(extents, CHUNK_SIZE):
+            for part in cut(extents, DEVICE_STEP if self.is_device else CHUNK_SIZE):
                 with self.claims.writing(run):
                     self._check_room(sum(part))
-                    self._write_at(part.offset, ZEROED[: part.size])
+                    self._zero(part)
                 self._check_cleared(part)
                 change.note(part.size)
+
+    def _zero(self, extent: Extent) -> None:
+        with translating("write to", self.filename):
+            if self.is_device and kernel.zero_device(self.fd, *extent):
+                return
+        for part in cut([extent], CHUNK_SIZE):
+            self._write_at(part.offset, ZEROED[: part.size])
 
     def _make_hole(self, extent: Extent) -> bool:
         if self.is_device:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -444,6 +445,52 @@ def test_device_is_not_claimed(device):
     with LocalFile(device, write=True) as file:
         assert not file.claims.take("aa")
         write(file, "")
+
+
+@pytest.mark.parametrize("extents", [[Extent(4096, 32768)], [Extent(0, 65536)], [Extent(512, 512), Extent(8192, 512)]])
+def test_device_makes_zeros_itself(device, extents, monkeypatch):
+    """Nothing is written by us, and what wasn't meant stays as it was."""
+    before = Path(device).read_bytes()
+    with LocalFile(device, write=True) as file:
+        monkeypatch.setattr(LocalFile, "_write_at", lambda *_: pytest.fail("zeros are written"))
+        assert file.clear(extents, keep=True)
+        _check_zeros(device, before, extents)
+
+
+@pytest.mark.parametrize("fault", ["no sectors", "busy", "unknown"])
+def test_zeros_are_written_where_a_device_does_not_make_them(device, monkeypatch, fault):
+    """The part has no whole sectors, somebody has the device open alone, or the kernel can't do it."""
+    before, extents = Path(device).read_bytes(), [Extent(100, 5000)] if fault == "no sectors" else [Extent(4096, 8192)]
+    if fault != "no sectors":
+        number = errno.EBUSY if fault == "busy" else errno.EOPNOTSUPP
+
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("pdiffcopy.files.kernel._check", refuse)
+    with LocalFile(device, write=True) as file:
+        assert file.clear(extents, keep=True)
+    _check_zeros(device, before, extents)
+
+
+def test_device_that_fails_is_an_error(device, monkeypatch):
+    """And no reason to try something else."""
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("pdiffcopy.files.kernel._check", refuse)
+    with LocalFile(device, write=True) as file, pytest.raises(FileError, match="Input/output error"):
+        file.clear([Extent(4096, 8192)], keep=True)
+
+
+def _check_zeros(device: str, before: bytes, extents: list[Extent]) -> None:
+    expected = bytearray(before)
+    for offset, size in extents:
+        expected[offset : offset + size] = bytes(size)
+    with LocalFile(device) as file:
+        found = b"".join(map(bytes, file.chunks([Extent(0, len(before))])))
+    assert found == expected
 
 
 # spread() {{{1
