@@ -37,8 +37,8 @@ MAX_PARTS = 64
 """How many requests there may be in one."""
 MAX_HEAD = 1024 * 1024
 """How long a head may be, in bytes."""
-MAX_PART = 16 * 1024
-"""How long the document of an answer may be, in bytes."""
+MAX_PART = 64 * 1024
+"""How long the document of an answer may be, in bytes: what is longer has to be asked for by a request of its own."""
 
 COMBINABLE: tuple[type[Request], ...] = (
     InfoRequest,
@@ -154,8 +154,16 @@ class PartAnswer(NamedTuple):
 
 def encode_answers(answers: Sequence[PartAnswer]) -> bytes:
     """Make a head."""
-    parts = [(status, document.decode("latin-1"), size, digest) for status, document, size, digest in answers]
-    return json.dumps(parts).encode("ascii")
+    return f"[{', '.join(map(_spell, answers))}]".encode("ascii")
+
+
+def count_bytes(answer: PartAnswer) -> int:
+    """How many bytes of a head one answer takes."""
+    return len(_spell(answer)) + len(", ")
+
+
+def _spell(answer: PartAnswer) -> str:
+    return json.dumps([answer.status, answer.document.decode("latin-1"), answer.size, answer.digest])
 
 
 def decode_answers(head: bytes, count: int) -> list[PartAnswer]:

@@ -154,6 +154,12 @@ class TooLargeError(ProgramError):
     http_status = 413
 
 
+class BusyError(ProgramError):
+    """Raised when a server has no room for what is asked for."""
+
+    http_status = 503
+
+
 class RangeError(ProgramError):
     """Raised when an extent lies beyond the end of the file."""
 

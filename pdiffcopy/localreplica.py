@@ -169,11 +169,12 @@ class LocalReplica(Replica):
         """Tell what is to be known of a small file whose contents may be equal to those of another one."""
         with self._open() as file:
             info = self._look(file)
-            stripes = Hashers(0).hash(file, 0, info.size, block_size, method, grain=grain)
-            lines = b"".join(map(format_hashes, stripes))
+            hasher = get_hasher(method)()
+            for stripe in Hashers(0).hash(file, 0, info.size, block_size, method, grain=grain):
+                hasher.update(format_hashes(stripe))
             if info.describe_change(file.info()):
                 return FileSummary(info)
-            return FileSummary(info, get_hasher(method)(lines).hexdigest(), file.claims.find())
+            return FileSummary(info, hasher.hexdigest(), file.claims.find())
 
     @contextmanager
     def fetch(self, state_digest: bool) -> Iterator[tuple[FileInfo, Reading]]:
@@ -194,9 +195,13 @@ class LocalReplica(Replica):
             time.sleep(info.settles_ms / 1000)
         return info
 
-    def create(self, reading: Reading, run: str, mode: int, in_advance: bool) -> tuple[bool, FileInfo]:
+    def create(
+        self, reading: Reading, run: str, mode: int, in_advance: bool, metadata: Metadata
+    ) -> tuple[bool, FileInfo]:
         """
         Create a file, and write all of its contents, see :meth:`claim`, :meth:`resize` and :meth:`write`.
+
+        :param metadata: What it gets after that, while nobody else can claim it.
 
         :raises: :exc:`.FileError` when it exists, or when that isn't possible or makes no sense.
         """
@@ -205,9 +210,9 @@ class LocalReplica(Replica):
             run = run if claimed else ""
             file.resize(reading.size, in_advance)
             file.write([Extent(0, reading.size)], reading.chunks, reading.digest, run)
-            file.claims.check(run)
-            info = file.info()
-            file.claims.release(run)
+            with file.claims.ending(run):
+                write_metadata(file.fd, self.filename, metadata)
+                info = file.info()
         return claimed, info
 
     def release(self, run: str) -> FileInfo:

@@ -27,7 +27,7 @@ from pdiffcopy.blocks import (
 from pdiffcopy.digests import METHOD
 from pdiffcopy.entries import MAX_DEPTH
 from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
-from pdiffcopy.request import Request
+from pdiffcopy.request import R, Request
 from pdiffcopy.words import (
     ACCOUNT,
     DIGEST,
@@ -264,10 +264,8 @@ class MetadataRequest(Request):
     folder: bool = word(Flag(), False)
 
 
-class SetMetadataRequest(Request):
-    """Other metadata for a file, or for a folder: those that are given."""
-
-    verb, endpoint, action, writes = "POST", "metadata", "set_metadata", True
+class WithMetadata(Request):
+    """Something that gives a file metadata."""
 
     mode: int | None = word(Integer(0, MAX_MODE | SET_ID_BITS), None)
     uid: int | None = word(Integer(0, MAX_ID), None)
@@ -275,18 +273,25 @@ class SetMetadataRequest(Request):
     gid: int | None = word(Integer(0, MAX_ID), None)
     group: str = word(ACCOUNT, "")
     mtime_ns: int | None = word(Time(), None)
-    in_advance: bool = word(Flag(), False)
-    run: str = word(RUN, "")
-    folder: bool = word(Flag(), False)
 
     @classmethod
-    def of(cls, metadata: Metadata, **words: Any) -> SetMetadataRequest:
+    def of(cls: type[R], metadata: Metadata, **words: Any) -> R:
         """Make a request for some metadata."""
         return cls(**metadata._asdict(), **words)
 
     def get_metadata(self) -> Metadata:
         """Return what is given."""
         return Metadata(**{name: getattr(self, name) for name in Metadata._fields})
+
+
+class SetMetadataRequest(WithMetadata):
+    """Other metadata for a file, or for a folder: those that are given."""
+
+    verb, endpoint, action, writes = "POST", "metadata", "set_metadata", True
+
+    in_advance: bool = word(Flag(), False)
+    run: str = word(RUN, "")
+    folder: bool = word(Flag(), False)
 
 
 class StageRequest(Request):

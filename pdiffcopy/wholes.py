@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pdiffcopy.answers import decode_info
 from pdiffcopy.blocks import DEFAULT_MODE, MAX_MODE, FileInfo
 from pdiffcopy.exceptions import ProtocolError, RequestError
+from pdiffcopy.protocol import WithMetadata
 from pdiffcopy.request import Request
 from pdiffcopy.words import DIGEST, MAX_BLOCK_SIZE, RUN, Flag, Integer, Text, word
 
@@ -46,13 +47,13 @@ class FetchRequest(Request):
     flush: bool = word(Flag(), False)
 
 
-class CreateRequest(Request):
-    """A new file, and what is to be in it."""
+class CreateRequest(WithMetadata):
+    """A new file, what is to be in it, and the metadata that it gets after that."""
 
     verb, endpoint, action, writes = "POST", "whole", "create", True
 
     run: str = word(RUN)
-    mode: int = word(Integer(0, MAX_MODE), DEFAULT_MODE)
+    new_mode: int = word(Integer(0, MAX_MODE), DEFAULT_MODE)
     in_advance: bool = word(Flag(), False)
     digest: str = word(DIGEST, "")
 

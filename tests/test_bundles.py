@@ -9,7 +9,9 @@ from io import BytesIO
 import pytest
 import requests
 
+from pdiffcopy.blocks import Extent
 from pdiffcopy.bundles import (
+    MAX_HEAD,
     MAX_PARTS,
     PartAnswer,
     decode_answers,
@@ -22,7 +24,7 @@ from pdiffcopy.bundles import (
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import DamagedError, ProtocolError, RequestError
 from pdiffcopy.files.claims import RUN_ATTRIBUTE
-from pdiffcopy.protocol import InfoRequest, MetadataRequest
+from pdiffcopy.protocol import HashesRequest, InfoRequest, MetadataRequest, PiecesRequest
 from pdiffcopy.wholes import MAX_WHOLE, CreateRequest, FetchRequest, SummaryRequest, decode_summary
 from tests.support import make_data
 
@@ -138,7 +140,7 @@ def test_files_are_created(ask, tmp_path):
     """With their contents, the mode that was asked for, and no claim left."""
     data = [make_data(SIZE, seed) for seed in (1, 2)] + [b""]
     paths = [tmp_path / name for name in ("a", "b/c", "empty")]
-    found = ask(*(create(path, item, mode=0o640) for path, item in zip(paths, data, strict=True)), contents=data)
+    found = ask(*(create(path, item, new_mode=0o640) for path, item in zip(paths, data, strict=True)), contents=data)
     assert [answer.status for answer, _ in found] == [200] * 3
     assert [path.read_bytes() for path in paths] == data
     assert {path.stat().st_mode & 0o777 for path in paths} == {0o640}
@@ -278,3 +280,45 @@ def test_nothing_leaves_the_root(launch, tmp_path):
     answers = decode_answers(decode_frame(BytesIO(response.content).read), 4)
     assert [answer.status for answer in answers] == [404, 404, 404, 200]
     assert (tmp_path / "root" / "new").exists() and not (tmp_path / "new").exists()
+
+
+def test_new_files_get_no_set_id_bits(launch, tmp_path):
+    """Unless the administrator allows that, as with those that are there."""
+    head = encode_frame(encode_requests([create(tmp_path / "a", b"", mode=0o4755)], [0]))
+    for options, status in (((), 403), (("--allow-set-id",), 200)):
+        server = launch(*options)
+        response = requests.post(f"{server.origin}/many", data=head, timeout=20)
+        (answer,) = decode_answers(decode_frame(BytesIO(response.content).read), 1)
+        assert answer.status == status and (tmp_path / "a").exists() is (status == 200)
+    assert (tmp_path / "a").stat().st_mode & 0o7777 == 0o4755
+
+
+def test_head_of_the_answers_has_room_for_all_of_them(ask, tmp_path):
+    """What hasn't is asked for alone: binary documents take six times as many bytes as they have."""
+    path = tmp_path / "a"
+    path.write_bytes(make_data(MAX_WHOLE))
+    request = PiecesRequest(filename=str(path), extents=(Extent(0, MAX_WHOLE),), size=4096, method="sha256")
+    found = [answer for answer, _ in ask(*[request] * MAX_PARTS)]
+    complete = [answer for answer in found if answer.status == 200]
+    assert {len(answer.document) for answer in complete} == {1024 * 32}
+    assert 4 < len(complete) < 30 and {answer.status for answer in found} == {200, 413}
+    assert len(encode_answers(found)) <= MAX_HEAD
+
+
+def test_long_answer_is_asked_for_alone(ask, tmp_path):
+    """However much room there is."""
+    (tmp_path / "a").write_bytes(make_data(SIZE))
+    words = {"method": "sha1", "concurrency": 1, "checks": True}
+    found = ask(*(HashesRequest(filename=str(tmp_path / "a"), block_size=size, **words) for size in (64, 4096)))
+    assert [answer.status for answer, _ in found] == [413, 200]
+
+
+def test_open_files_have_a_bound(launch, tmp_path):
+    """Clients that ask for many files and read none leave descriptors to others."""
+    server = launch("-c", "1", setup="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))")
+    (tmp_path / "a").write_bytes(make_data(SIZE))
+    head = encode_frame(encode_requests([FetchRequest(filename=str(tmp_path / "a"))] * MAX_PARTS, [0] * MAX_PARTS))
+    for _ in range(3):  # those of the last time are closed by then
+        response = requests.post(f"{server.origin}/many", data=head, timeout=20)
+        found = decode_answers(decode_frame(BytesIO(response.content).read), MAX_PARTS)
+        assert [answer.status for answer in found] == [200] * 50 + [503] * (MAX_PARTS - 50)

@@ -8,10 +8,13 @@ when all files are done, since each new file moves the time of its folder; set-i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import compress
 
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import FOLDER_MODE, MAX_MODE, Metadata
 from pdiffcopy.client.plan import Options
+from pdiffcopy.client.retry import Patience
 from pdiffcopy.client.selection import Selection
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.sides import Files, group_files
@@ -29,11 +32,12 @@ def make_folders(selection: Selection, servers: Servers) -> None:
     :raises: :exc:`.ProgramError` for the first one that can't be made.
     """
     missing = [folder.name for folder in selection.folders if folder.is_new]
+    ask = Patience(servers.network.retries).persist
     for names in _cut(missing):
         sources, targets = _open(selection, servers, names)
-        found = sources.metadata(range(len(names)))
+        found = ask(partial(sources.metadata, range(len(names))))
         modes = [FOLDER_MODE if metadata is None else _get_mode(metadata) for metadata in found]
-        for i, is_made in enumerate(targets.make_folders(modes)):
+        for i, is_made in enumerate(ask(partial(targets.make_folders, modes))):
             if not is_made:
                 targets.replicas[i].make_folder(modes[i])  # tells why
 
@@ -46,11 +50,13 @@ def complete_folders(
 
     :returns: A generator of failures: the folder of the source and that of the target, and what went wrong.
     """
+    ask = Patience(servers.network.retries).persist
     for names in _cut([folder.name for folder in reversed(selection.folders)]):
         sources, targets = _open(selection, servers, names)
-        found = enumerate(sources.metadata(range(len(names))))
+        found = enumerate(ask(partial(sources.metadata, range(len(names)))))
         wanted = {i: _select(options, metadata) for i, metadata in found if metadata}
-        done = {i for i, is_done in zip(wanted, targets.set_metadata(wanted), strict=True) if is_done}
+        is_done = ask(partial(targets.set_metadata, wanted))
+        done = set(compress(wanted, is_done))
         for i in sorted(set(range(len(names))) - done):
             try:
                 metadata = _select(options, sources.replicas[i].metadata())

@@ -49,6 +49,8 @@ class Creation(NamedTuple):
     reading: Reading
     in_advance: bool
     """Whether it takes all of its room on the disk at once."""
+    metadata: Metadata
+    """What it gets in the end."""
 
 
 class Files(Protocol):
@@ -146,7 +148,8 @@ class _Near:
         return [_try(partial(self._create, i, creation, run)) for i, creation in creations.items()]
 
     def _create(self, i: int, creation: Creation, run: str) -> bool:
-        return self.replicas[i].create(creation.reading, run, creation.info.mode, creation.in_advance)[0]
+        info, reading, in_advance, metadata = creation
+        return self.replicas[i].create(reading, run, info.mode, in_advance, metadata)[0]
 
 
 def _try(action: Callable[[], T]) -> T | None:
@@ -204,9 +207,9 @@ class _Far:
     def create(self, creations: Mapping[int, Creation], run: str) -> list[bool | None]:
         requests = [
             self._make(
-                i, CreateRequest, run=run, mode=info.mode, in_advance=in_advance, digest=reading.digest
+                i, CreateRequest.of, metadata, run=run, new_mode=info.mode, in_advance=in_advance, digest=reading.digest
             )
-            for i, (info, reading, in_advance) in creations.items()
+            for i, (info, reading, in_advance, metadata) in creations.items()
         ]  # fmt: skip
         answers = self._ask(requests, [creation.reading for creation in creations.values()])
         return [_read(answer, lambda text: decode_flag(text, CLAIMED)) for answer in answers]

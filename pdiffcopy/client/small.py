@@ -35,6 +35,8 @@ from pdiffcopy.wholes import MAX_WHOLE, FileSummary
 
 logger = logging.getLogger(__name__)
 
+ATTEMPTS = 2
+"""How often small files are tried together before they are tried one by one."""
 _RUN_SIZE = 8
 """How many random bytes name a run."""
 
@@ -64,12 +66,19 @@ class SmallFiles:
     def bring(self, jobs: Sequence[Job]) -> list[Report | None]:
         """Bring some files into line, and report on those that are (:data:`None`: nobody has done anything)."""
         reports: dict[int, Report] = {}
-        try:
-            group = _Group(self, jobs)
-            for job, report in group.carry_out() if group.can_work else ():
-                reports[id(job)] = report
-        except ProgramError as e:
-            logger.debug("Some small files are brought into line one by one: %s", e)
+        left = [job for job in jobs if (job.size or 0) <= MAX_WHOLE]
+        for _ in range(ATTEMPTS if left else 0):
+            try:
+                group = _Group(self, left)
+                for job, report in group.carry_out() if group.can_work else ():
+                    reports[id(job)] = report
+                break
+            except ProgramError as e:
+                logger.debug("Some small files aren't in line yet: %s", e)
+            # What was created may be complete, and be what its owner can't write to: that's for the next look to tell.
+            left = [job for job in left if id(job) not in reports]
+            for job in left:
+                job.is_new = False
         return [reports.get(id(job)) for job in jobs]
 
 
@@ -114,6 +123,7 @@ class _Group:
         if self.options.wants_metadata:
             have = [dict(zip(plans, side.metadata(list(plans)), strict=True)) for side in (self.sources, self.targets)]
             plans = {i: plan for i, plan in plans.items() if self._is_like(have[0][i], have[1][i])}
+            plans = {i: plans[i] for i in self._find_unchanged({i: self.jobs[i].source.info for i in plans})}
         for i, plan in plans.items():
             job, blocks = self.jobs[i], count_blocks(plan.size, plan.block_size)
             report = job.report(plan, Result(blocks, bytes_compared=plan.size), there[i].info)
@@ -149,18 +159,29 @@ class _Group:
         run = os.urandom(_RUN_SIZE).hex()
         plans: dict[int, Plan] = {}
         with self.sources.fetch(missing, self.options.verify) as wholes:
-            creations = {}
+            # They are read after the sizes and the times, so whoever changes them from now on is noticed.
+            wanted, creations = self._choose_metadata(missing), {}
             for i, whole in zip(missing, wholes, strict=True):
-                if whole and (plan := self._plan_creation(i, whole[0], run)):
-                    plans[i], creations[i] = plan, Creation(*whole, plan.fills_new_file)
+                metadata = wanted.get(i)
+                if whole and metadata and (plan := self._plan_creation(i, whole[0], run)):
+                    plans[i], creations[i] = plan, Creation(*whole, plan.fills_new_file, metadata)
             claims = dict(zip(creations, self.targets.create(creations, run), strict=True))
         made = [i for i, claimed in claims.items() if claimed is not None]
-        if self.options.wants_metadata:
-            made = self._set_metadata(made)
-        for i, after in zip(made, self.sources.infos(made), strict=True):
-            before, reading, _ = creations[i]
-            if after and not before.describe_change(after):
-                yield self.jobs[i], self._report(i, plans[i], reading)._replace(claimed=claims[i] is True)
+        for i in self._find_unchanged({i: creations[i].info for i in made}):
+            report = self._report(i, plans[i], creations[i].reading)
+            yield self.jobs[i], report._replace(claimed=claims[i] is True)
+
+    def _choose_metadata(self, which: list[int]) -> dict[int, Metadata]:
+        """Choose what new files get of the metadata of their sources. Those that can't be told are missing."""
+        if not self.options.wants_metadata:
+            return dict.fromkeys(which, Metadata())
+        found = zip(which, self.sources.metadata(which), strict=True)
+        return {i: self.options.select(metadata) for i, metadata in found if metadata}
+
+    def _find_unchanged(self, before: dict[int, FileInfo]) -> list[int]:
+        """Find the sources that are what they were."""
+        after = zip(before, self.sources.infos(list(before)), strict=True)
+        return [i for i, info in after if info and not before[i].describe_change(info)]
 
     def _plan_creation(self, i: int, info: FileInfo, run: str) -> Plan | None:
         job = self.jobs[i]
@@ -172,12 +193,6 @@ class _Group:
         self.company.reporter.advance(size, size)
         result = Result(blocks, blocks, size, size, size if reading.digest else 0)
         return self.jobs[i].report(plan, result, MISSING)
-
-    def _set_metadata(self, made: list[int]) -> list[int]:
-        """Give new files the metadata of their sources, and tell which have got them."""
-        found = zip(made, self.sources.metadata(made), strict=True)
-        wanted = {i: self.options.select(metadata) for i, metadata in found if metadata}
-        return [i for i, is_done in zip(wanted, self.targets.set_metadata(wanted), strict=True) if is_done]
 
 
 def _plan(planner: Planner, job: Job, target: Target) -> Plan | None:

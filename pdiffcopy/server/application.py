@@ -10,6 +10,8 @@ by constants, not by its wishes.
 from __future__ import annotations
 
 import logging
+import resource
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -103,6 +105,8 @@ class _Views:
         self.settings = settings
         self.gate = gate
         self.pace = make_pace(settings.bwlimit)  # before the processes are forked that share it
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.descriptors = threading.Semaphore(most // 4)
         devices = settings.devices
         self.namespace = Root(settings.root, devices) if settings.root else Namespace(devices)
 
@@ -125,6 +129,9 @@ class _Views:
         if kind.writes and self.settings.read_only:
             raise ForbiddenError("This server is read-only")
         request = kind.decode(query, headers)
+        sets_id = isinstance(request, protocol.WithMetadata) and (request.mode or 0) & SET_ID_BITS
+        if sets_id and not self.settings.allow_set_id:
+            raise ForbiddenError("This server sets no set-id bits (unless it is started with --allow-set-id)")
         namespace = contain(self.namespace, request.within)
         replica = LocalReplica(request.filename, namespace, _HASHERS, watch_client(flask.request.environ))
         replica.file_id, replica.pace = request.file_id, self.pace
@@ -218,10 +225,7 @@ class _Views:
 
     def set_metadata(self, request: protocol.SetMetadataRequest, replica: LocalReplica) -> Any:
         """``POST /metadata``"""
-        metadata = request.get_metadata()
-        if (metadata.mode or 0) & SET_ID_BITS and not self.settings.allow_set_id:
-            raise ForbiddenError("This server sets no set-id bits (unless it is started with --allow-set-id)")
-        replica.set_metadata(metadata, request.run, request.in_advance)
+        replica.set_metadata(request.get_metadata(), request.run, request.in_advance)
         return {}
 
     def make_folder(self, request: protocol.MakeFolderRequest, replica: LocalReplica) -> Any:

@@ -8,6 +8,7 @@ follow the head, in either direction.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -18,15 +19,18 @@ from flask import Response
 
 from pdiffcopy import answers, wholes
 from pdiffcopy.bundles import (
+    MAX_HEAD,
     MAX_PART,
+    MAX_PARTS,
     PartAnswer,
     PartRequest,
+    count_bytes,
     decode_frame,
     decode_requests,
     encode_answers,
     encode_frame,
 )
-from pdiffcopy.exceptions import RequestError, TooLargeError
+from pdiffcopy.exceptions import BusyError, RequestError, TooLargeError
 from pdiffcopy.files.splice import Chunk, Parts, PartsError
 from pdiffcopy.files.stored import Joined
 from pdiffcopy.localreplica import LocalReplica
@@ -35,11 +39,16 @@ from pdiffcopy.request import Headers, Request
 from pdiffcopy.server.accesslog import log_access
 from pdiffcopy.server.body import read_body, send_chunks
 
+SHORT = 32
+"""How many bytes of a head an answer takes that was too long."""
+
 
 class Views(Protocol):
     """What answers a request that has come alone."""
 
     pace: Any
+    descriptors: threading.Semaphore
+    """Stands for those that may be open until clients have read what they have asked for."""
 
     def prepare(self, kind: type[Request], query: bytes, headers: Headers) -> tuple[Request, LocalReplica]:
         """Decode a request, and get the replica that it is about."""
@@ -85,6 +94,8 @@ class _Answer:
         self.stack = stack
         """Closes the files whose contents are a part of it."""
         self.contents: list[Any] = []
+        self.room = MAX_HEAD - MAX_PARTS * SHORT
+        """How many bytes of documents still fit into the head."""
 
     def add(self, request: PartRequest, body: Generator[Chunk, None, None]) -> PartAnswer:
         """Answer one request."""
@@ -96,6 +107,10 @@ class _Answer:
         except Exception as e:
             response = self.handle_error(e)
             part = PartAnswer(response.status_code, response.get_data())
+        # A client asks for what is too long by a request of its own.
+        if len(part.document) > MAX_PART or (size := count_bytes(part)) > self.room:
+            part, size = PartAnswer(TooLargeError.http_status, b""), 0
+        self.room -= size
         method, path, query = request.verb, f"/{request.endpoint}", request.query.decode("ascii")
         environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
         duration = timedelta(seconds=time.monotonic() - started)
@@ -112,12 +127,16 @@ class _Answer:
             return self._fetch(decoded, replica)
         if isinstance(decoded, wholes.CreateRequest):
             reading = Reading(body, decoded.digest, size=request.size)
-            claimed, info = replica.create(reading, decoded.run, decoded.mode, decoded.in_advance)
+            how = decoded.new_mode, decoded.in_advance, decoded.get_metadata()
+            claimed, info = replica.create(reading, decoded.run, *how)
             return _make_part({answers.CLAIMED: claimed, **info.as_dict()})
         result = getattr(self.views, kind.action)(decoded, replica)
         return _collect(result) if isinstance(result, Response) else _make_part(result)
 
     def _fetch(self, request: wholes.FetchRequest, replica: LocalReplica) -> PartAnswer:
+        if not self.views.descriptors.acquire(blocking=False):
+            raise BusyError("There are too many open files already")
+        self.stack.callback(self.views.descriptors.release)
         info, reading = self.stack.enter_context(replica.fetch(request.digest))
         self.contents.append(reading.chunks)
         return _make_part(info.as_dict())._replace(size=reading.size, digest=reading.digest)
@@ -133,5 +152,5 @@ def _collect(response: Response) -> PartAnswer:
         for chunk in response.iter_encoded():
             document += chunk
             if len(document) > MAX_PART:
-                raise TooLargeError("The answer is too long to be one of several")
+                break
     return PartAnswer(response.status_code, document)
