@@ -21,7 +21,7 @@ setup(
     long_description=(HERE / "README.rst").read_text(encoding="utf-8"),
     long_description_content_type="text/x-rst",
     license="MIT",
-    # With this an editable installation is a path, and not a hook that each start of Python would have to import (10 ms).
+    # With this an editable installation is a path, not a hook that each start of Python has to import (10 ms).
     package_dir={"": "."},
     packages=find_packages(include=["pdiffcopy", "pdiffcopy.*"]),
     package_data={"pdiffcopy": ["py.typed"]},

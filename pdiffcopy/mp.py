@@ -139,6 +139,11 @@ class WorkerPool(PropertyManager):
             while results.poll():
                 yield self.output_queue.get()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a result for which nobody has to wait."""
+        return bool(self.output_queue._reader.poll())
+
     def __enter__(self) -> WorkerPool:
         """Start up the generator and worker processes."""
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from pdiffcopy.address import Address
 from pdiffcopy.client import Client
 from pdiffcopy.client.job import Job
 from pdiffcopy.client.progress import Reporter
+from pdiffcopy.client.sides import _Near
 from pdiffcopy.client.small import SmallFiles
-from pdiffcopy.files.claims import RUN_ATTRIBUTE
+from pdiffcopy.exceptions import TransientError
+from pdiffcopy.files.claims import RUN_ATTRIBUTE, Claims
+from pdiffcopy.files.metadata import write_metadata
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.wholes import MAX_WHOLE
 from tests.relay import RelayProcess
@@ -150,6 +155,27 @@ def test_metadata_counts(folders):
     assert folders.bring(**options) == dict.fromkeys(NAMES, "equal")
 
 
+@pytest.mark.parametrize("claimed", [True, False])
+def test_metadata_come_before_anybody_else_can(tmp_path, monkeypatch, claimed):
+    """Another run that claims a new file finds it as it's going to be, and its own metadata stay."""
+    folders, seen = Folders(tmp_path, 0, "local"), []
+
+    def watch(fd, filename, metadata):
+        with open(filename, "rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(metadata.mtime_ns)
+        write_metadata(fd, filename, metadata)
+
+    monkeypatch.setattr("pdiffcopy.localreplica.write_metadata", watch)
+    if not claimed:
+        monkeypatch.setattr(Claims, "_set_claim", lambda claims, name: False)
+    os.utime(folders.source / "b", ns=(1, 10**18))
+    assert folders.bring(times=True, perms=True) == dict.fromkeys(NAMES, "created")
+    assert 10**18 in seen and len(seen) == 3
+    assert (folders.target / "b").stat().st_mtime_ns == 10**18
+    assert not any(RUN_ATTRIBUTE in os.listxattr(folders.target / name) for name in NAMES)
+
+
 # What isn't {{{1
 
 
@@ -253,6 +279,66 @@ def test_source_that_changes_while_it_is_hashed_is_not_equal(tmp_path, monkeypat
     assert folders.bring() == {"a": "equal", "b": None, "c": "equal"}
 
 
+def test_source_that_changes_before_its_metadata_are_read_is_not_equal(tmp_path, monkeypatch):
+    """Contents and metadata that it never had together are no success."""
+    folders = Folders(tmp_path, 0, "local")
+    folders.copy(*NAMES)
+    (folders.source / "new").write_bytes(make_data(SIZE, 9))
+    for path in (*folders.source.iterdir(), *folders.target.iterdir()):
+        path.chmod(0o640)
+    read = LocalReplica.metadata
+
+    def replace_and_read(replica):
+        if replica.filename == str(folders.source / "b"):
+            (folders.source / "new").replace(folders.source / "b")
+        return read(replica)
+
+    monkeypatch.setattr(LocalReplica, "metadata", replace_and_read)
+    assert folders.bring(perms=True) == {"a": "equal", "b": None, "c": "equal"}
+
+
+@pytest.mark.parametrize("options", [(), ("--fsync", "-p"), ("--sparse=always",)], ids=str)
+def test_both_sides_may_be_behind_one_server(server, tmp_path, options):
+    """Whoever reads doesn't keep others from writing, which the readers wait for."""
+    folders = Folders(tmp_path, server.port, "local")
+    for seed in range(40):
+        write_pattern(folders.source / str(seed), 30_000, seed)
+        write_pattern(folders.target / str(seed), 30_000, seed + 50)
+    locations = [server.location(folder) for folder in (folders.source, folders.target)]
+    result = run_pdiffcopy("-r", "--json", *options, *locations)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["updated"] == 40
+    assert [(folders.target / str(seed)).read_bytes() for seed in range(40)] == [
+        (folders.source / str(seed)).read_bytes() for seed in range(40)
+    ]
+
+
+@pytest.mark.parametrize("block_size", ["128", "16KiB"])
+def test_small_blocks(folders, block_size):
+    """The digests of some may be too many for one answer of several."""
+    folders.copy("a", "b")
+    for name in "ab":
+        with (folders.target / name).open("r+b") as file:
+            file.write(b"?")
+    result = folders.run("-b", block_size)
+    assert result.returncode == 0, result.stderr
+    assert folders.is_equal()
+    assert json.loads(result.stdout)["updated"] == 2
+
+
+def test_summary_takes_little_memory(tmp_path):
+    """However many blocks somebody asks for."""
+    write_pattern(tmp_path / "file", 65536)
+    replica = LocalReplica(str(tmp_path / "file"))
+    tracemalloc.start()
+    try:
+        summary = replica.summarize(1, "sha512", 1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert summary.digest and peak < 3 * 1024 * 1024
+
+
 def test_sources_from_different_places_are_done_one_by_one(server, launch, tmp_path):
     """What has several origins has several ways."""
     folders = Folders(tmp_path, server.port, "download")
@@ -264,6 +350,38 @@ def test_sources_from_different_places_are_done_one_by_one(server, launch, tmp_p
 
 
 # On a bad network {{{1
+
+
+@pytest.mark.parametrize("skip", range(6))
+@pytest.mark.parametrize("side", ["request", "response"])
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_folders_survive_a_lost_connection(server, tmp_path, direction, side, skip):
+    """Before the files, between them, and after them: each exchange may have to be repeated."""
+    with RelayProcess(server.port, f"{side} POST+/many 0 reset 1 {skip}") as relay:
+        folders = Folders(tmp_path, relay.port, direction)
+        (folders.source / "deep" / "er").mkdir(parents=True)
+        write_pattern(folders.source / "deep" / "er" / "file", SIZE, 7)
+        (folders.source / "c").chmod(0o400)
+        result = folders.run("-a")
+        relay.stop()
+    assert result.returncode == 0, result.stderr
+    assert folders.is_equal()
+    assert (folders.target / "deep" / "er" / "file").read_bytes() == make_data(SIZE, 7)
+
+
+def test_new_file_of_which_nothing_is_known_is_looked_at(tmp_path, monkeypatch):
+    """It may be complete, and one that its owner can't write to."""
+    folders, lost = Folders(tmp_path, 0, "local"), []
+    create = _Near.create
+
+    def create_and_lose(files, *arguments):
+        found = create(files, *arguments)
+        lost.append(found)
+        raise TransientError("lost")
+
+    monkeypatch.setattr(_Near, "create", create_and_lose)
+    assert folders.bring(perms=True) == dict.fromkeys(NAMES, "equal")
+    assert len(lost) == 1 and folders.is_equal()
 
 
 @pytest.mark.parametrize("direction", ["upload", "download"])

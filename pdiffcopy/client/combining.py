@@ -1,8 +1,9 @@
 """
 How do many threads ask a server for many small things in few requests?
 
-While one request is on its way, and for a moment after that, what other threads ask for is collected, and goes with the
-next one. What has a body, or takes long, goes alone, a few at a time.
+While one request is on its way, what other threads ask for is collected, and goes with the next one (which waits for a
+moment, if there were several the last time). What has a body, or takes long, goes alone, a few at a time, and so does
+what turns out to have too long an answer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo, decode_problem
@@ -20,16 +22,21 @@ from pdiffcopy.bundles import COMBINABLE, MAX_PARTS
 from pdiffcopy.client.exchange import Answer, Server, fail
 from pdiffcopy.client.exchanges import exchange_many
 from pdiffcopy.client.retry import Patience
-from pdiffcopy.exceptions import ProgramError, ReportedError
+from pdiffcopy.exceptions import ProgramError, ReportedError, TooLargeError, TransientError
 from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.files.splice import Chunk
+from pdiffcopy.protocol import HashesRequest, ReadRequest
 from pdiffcopy.replica import Reading
 from pdiffcopy.request import Request
 
 COMPANY = 0.002
 """How long a request waits for others that may come with it, in seconds."""
+AT_A_TIME = MAX_PARTS // 2
+"""How many requests go together at most: as many as fit into a head, however long the names are."""
+TOO_LONG = TooLargeError.http_status
+"""How a server answers to what has too long an answer to be one of several."""
 ALONE = 2
-"""How many requests with a body are on their way at the same time."""
+"""How many requests with a body are on their way at the same time, and how many that are answered by one."""
 
 
 class CombiningServer:
@@ -42,10 +49,11 @@ class CombiningServer:
         :param server: How a single request gets there.
         """
         self.server = server
-        self._room = threading.Semaphore(ALONE)
+        # One thread may both read and write, or get two streams of hashes: what it waits for may not be what it has.
+        self._reads, self._writes = threading.Semaphore(ALONE), threading.Semaphore(ALONE)
         self._waiting: deque[tuple[Request, Future[tuple[int, bytes]]]] = deque()
-        self._has_some = threading.Condition()
-        self._courier: threading.Thread | None = None
+        self._turn = threading.Condition()
+        self._is_taken = self._had_company = False
 
     @property
     def peer(self) -> PeerInfo | None:
@@ -77,12 +85,19 @@ class CombiningServer:
         self, request: Request, reading: Reading | None = None, expect: Sequence[int] = (200,)
     ) -> Iterator[Answer]:
         """See :meth:`.Server.exchange`."""
-        if reading or not isinstance(request, COMBINABLE) or not self._can_combine:
-            with self._room, self.server.exchange(request, reading, expect) as answer:
+        status, document = TOO_LONG, b""
+        if not reading and isinstance(request, COMBINABLE) and self._can_combine:
+            try:
+                status, document = self._ask(request)
+            except TransientError:
+                # A disk may be too slow for all of them together. One that hashes alone gives signs of life.
+                if not isinstance(request, HashesRequest):
+                    raise
+        if status == TOO_LONG:
+            with self._get_room(request, reading), self.server.exchange(request, reading, expect) as answer:
                 yield answer
             return
         url = str(self.get_address(request.filename))
-        status, document = self._ask(request)
         try:
             if status not in expect:
                 fail(url, request, status, decode_problem(document))
@@ -90,36 +105,45 @@ class CombiningServer:
         except ReportedError as e:
             fail(url, request, e.status, str(e))
 
+    def _get_room(self, request: Request, reading: Reading | None) -> AbstractContextManager[Any]:
+        if reading:
+            return self._writes
+        return self._reads if isinstance(request, ReadRequest) else nullcontext()
+
     @property
     def _can_combine(self) -> bool:
         return self.peer is not None and FEATURE_MANY in self.peer.features
 
     def _ask(self, request: Request) -> tuple[int, bytes]:
+        """Get an answer: whoever finds nobody on the way to the server goes there for all that wait."""
         future: Future[tuple[int, bytes]] = Future()
-        with self._has_some:
-            self._waiting.append((request, future))
-            if not self._courier:
-                self._courier = threading.Thread(target=self._carry, daemon=True)
-                self._courier.start()
-            self._has_some.notify()
-        return future.result()
-
-    def _carry(self) -> None:
-        """Carry requests to the server, as many at a time as there are."""
+        self._waiting.append((request, future))
         while True:
-            with self._has_some:
-                self._has_some.wait_for(lambda: self._waiting)
-            time.sleep(COMPANY)
-            with self._has_some:
-                taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_PARTS))]
+            with self._turn:
+                self._turn.wait_for(lambda: future.done() or not self._is_taken)
+                if future.done():
+                    return future.result()
+                self._is_taken = True
             try:
-                answers = self._exchange([request for request, _ in taken])
-            except Exception as e:
-                for _, future in taken:
-                    future.set_exception(e)
-                continue
-            for (_, future), answer in zip(taken, answers, strict=True):
-                future.set_result(answer)
+                self._go()
+            finally:
+                with self._turn:
+                    self._is_taken = False
+                    self._turn.notify_all()
+
+    def _go(self) -> None:
+        if self._had_company:
+            time.sleep(COMPANY)
+        taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), AT_A_TIME))]
+        self._had_company = len(taken) > 1
+        try:
+            answers = self._exchange([request for request, _ in taken])
+        except BaseException as e:
+            for _, future in taken:
+                future.set_exception(e)
+            return
+        for (_, future), answer in zip(taken, answers, strict=True):
+            future.set_result(answer)
 
     def _exchange(self, requests: Sequence[Request]) -> list[tuple[int, bytes]]:
         with exchange_many(self.server, requests) as parts:

@@ -8,6 +8,7 @@ A file of this machine, or one behind a server: :data:`SCHEMES` says which kind 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 from pdiffcopy.address import Address
@@ -61,16 +62,16 @@ class Servers:
     do if they have been asked already.
     """
 
-    def __init__(self, network: Network, pace: Pace = UNLIMITED, drop: bool = False, combines: bool = False):
+    def __init__(self, network: Network, pace: Pace = UNLIMITED, drop: bool = False, base: Servers | None = None):
         """
         Initialize a collection in which there are none.
 
         :param network: How to talk to them.
         :param pace: How fast the contents of all sources together may come.
         :param drop: Whether what wasn't in a page cache leaves it again.
-        :param combines: Whether many threads ask for many small things.
+        :param base: Where they come from, if many threads ask them for many small things.
         """
-        self.network, self.pace, self.drop, self.combines = network, pace, drop, combines
+        self.network, self.pace, self.drop, self.base = network, pace, drop, base
         self._servers: dict[str, Server] = {}
 
     def __enter__(self) -> Servers:
@@ -86,6 +87,16 @@ class Servers:
         for server in self._servers.values():
             server.close()
 
+    def combined(self) -> Servers:
+        """The same servers for many threads that ask for many small things."""
+        return Servers(self.network, self.pace, self.drop, base=self)
+
+    @cached_property
+    def hashers(self) -> Hashers | None:
+        """What hashes files of this machine, if each of them doesn't get threads of its own: one for all."""
+        # Made only now, since what goes to a process that is spawned can have no locks.
+        return Hashers(1) if self.base else None
+
     def open(self, address: Address) -> Replica:
         """
         Get the replica at an address (nothing is contacted or opened yet).
@@ -99,14 +110,18 @@ class Servers:
     def _open(self, address: Address) -> Replica:
         if address.is_near:
             namespace = _contain(address.within) if address.within else MACHINE
-            # Made only now, since what goes to a process that is spawned can have no locks.
-            hashers = Hashers(0) if self.combines else None
-            replica = LocalReplica(make_absolute(address.filename), namespace, hashers)
+            replica = LocalReplica(make_absolute(address.filename), namespace, self.hashers)
             replica.pace = self.pace
             return replica
+        return RemoteReplica(self._reach(address), address.filename, address.within)
+
+    def _reach(self, address: Address) -> Server:
         if address.origin not in self._servers:
             if address.scheme not in SCHEMES:
                 raise UsageError("There is no way to reach {address}", address=str(address))
-            server = SCHEMES[address.scheme](address, self.network, self.pace)
-            self._servers[address.origin] = _combine(server) if self.combines else server
-        return RemoteReplica(self._servers[address.origin], address.filename, address.within)
+            if self.base:
+                server = _combine(self.base._reach(address))
+            else:
+                server = SCHEMES[address.scheme](address, self.network, self.pace)
+            self._servers.setdefault(address.origin, server)  # another thread may have been faster
+        return self._servers[address.origin]

@@ -11,8 +11,7 @@ How do processes share the work of a run?
                                                                                               end the claim, report
 
 All processes run before anything is touched, so that what this machine lacks for them is known. The next files are
-compared while the last ones are still moving; there are at most :data:`IN_FLIGHT` between the first arrow and the last,
-so memory doesn't grow with their number.
+compared while the last ones are still moving. What the client process does about that is in :mod:`.flight`.
 
 Batches overtake each other. So each has the number of its file, and behind those of a file comes how many there were:
 when that and as many results have arrived, the file is done. A failure that concerns one file is a result, too.
@@ -28,10 +27,9 @@ from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import Queue, SimpleQueue
-from typing import NamedTuple
 
-from pdiffcopy.address import Address
 from pdiffcopy.client.delta import Batch
+from pdiffcopy.client.flight import Flight, Outcome, Outcomes, Small
 from pdiffcopy.client.job import Ended, Job, attempt, concerns_one_file
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import Finder, transfer_batch
@@ -39,35 +37,21 @@ from pdiffcopy.client.plan import Options, Plan, Result
 from pdiffcopy.client.progress import Reporter
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Servers
+from pdiffcopy.client.sides import group_files
 from pdiffcopy.client.small import SmallFiles
 from pdiffcopy.exceptions import ProgramError
+from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.mp import WorkerPool, make_queue
-from pdiffcopy.wholes import MAX_WHOLE
 
-IN_FLIGHT, SMALL_IN_FLIGHT = 6, 192
-"""How many files may be on their way at the same time, and how many small ones."""
-GROUP, GROUP_SIZE = 32, 32 * 1024 * 1024
-"""How many small files a worker process works on at a time, and how many bytes they have at most."""
 COMPARED_AT_A_TIME = 2
 """How many files are compared at the same time."""
 THREADS = 2
 """How many threads of a worker process do something: one goes on while the other one waits for a server."""
 
 
-class Small(NamedTuple):
-    """A small file: a worker process does all that there is to do with it (:mod:`.small`)."""
-
-    number: int
-    source: Address
-    target: Address
-    is_new: bool
-
-
 Work = tuple[int, "Plan | list[Small]", "Batch | ProgramError | int"]
 """What a worker gets: the number of a file, its plan, and a batch, a failure, or how many of those there were; or some
 small files."""
-Outcome = tuple[int, "Result | Report | ProgramError | int"]
-"""What becomes of that."""
 
 _room = threading.Lock()
 """Is held by the thread of a worker process that moves something large."""
@@ -85,7 +69,8 @@ def share(
     :returns: A generator of what became of each file.
     """
     with _starting(find, options, servers, reporter, is_alone) as (outcomes, orders):
-        for ended in _Flight(iter(jobs), orders, is_alone).watch(outcomes):
+        flight = Flight(iter(jobs), servers if is_alone else servers.combined(), orders, is_alone)
+        for ended in flight.watch(outcomes):
             reporter.end_file()
             yield ended
 
@@ -93,7 +78,7 @@ def share(
 @contextmanager
 def _starting(
     find: Finder, options: Options, servers: Servers, reporter: Reporter, is_alone: bool
-) -> Iterator[tuple[Iterable[list[Outcome]], Connection]]:
+) -> Iterator[tuple[Outcomes, Connection]]:
     """
     Start all processes. They wait for plans.
 
@@ -111,118 +96,6 @@ def _starting(
     )
     with receiver, sender, pool, reporter:
         yield pool, sender
-
-
-class _Flight:
-    """The files of a run that are on their way."""
-
-    def __init__(self, jobs: Iterator[Job], orders: Connection, is_alone: bool):
-        """
-        Initialize it.
-
-        :param jobs: The files to come.
-        :param orders: Where orders for the generator process are sent to.
-        :param is_alone: Whether a failure ends the run, since there is no other file.
-        """
-        self.jobs, self.orders, self.is_alone = jobs, orders, is_alone
-        self.running: dict[int, _Progress] = {}
-        self.count = 0
-        self.has_more, self.has_said_so = True, False
-        self.group: list[Small] = []
-        self.group_size = 0
-
-    def watch(self, outcomes: Iterable[list[Outcome]]) -> Iterator[Ended]:
-        """Begin one after the other, and yield what becomes of them."""
-        yield from self._begin()
-        for found in outcomes:
-            for number, outcome in found:
-                progress = self.running[number]
-                progress.note(outcome)
-                if progress.error and progress.expected is None:
-                    self.orders.send(number)
-                if progress.is_over:
-                    del self.running[number]
-                    yield progress.job, progress.error or progress.report or self._end(progress.job, progress.result)
-            yield from self._begin()
-
-    def _end(self, job: Job, result: Result) -> Report | ProgramError:
-        return attempt(job, partial(job.end, result), self.is_alone)
-
-    def _begin(self) -> Iterator[Ended]:
-        while self.has_more and self._has_room():
-            job = next(self.jobs, None)
-            if not job:
-                self.has_more = False
-            elif is_small(job):
-                self._add(job)
-            else:
-                plan = attempt(job, job.begin, self.is_alone)
-                if isinstance(plan, ProgramError):
-                    yield job, plan
-                else:
-                    self.orders.send((self._note(_Progress(job, expected=None)), plan))
-        self._send_group()
-        if not self.has_more and not self.has_said_so:
-            self.has_said_so = True
-            self.orders.send(None)
-
-    def _has_room(self) -> bool:
-        large = sum(not is_small(progress.job) for progress in self.running.values())
-        return large < IN_FLIGHT and len(self.running) < SMALL_IN_FLIGHT
-
-    def _note(self, progress: _Progress) -> int:
-        self.count += 1
-        self.running[self.count] = progress
-        return self.count
-
-    def _add(self, job: Job) -> None:
-        """Let a small file be one of the next group."""
-        size = job.size or 0
-        if len(self.group) == GROUP or self.group_size + size > GROUP_SIZE:
-            self._send_group()
-        number = self._note(_Progress(job, expected=1))
-        self.group.append(Small(number, job.source_address, job.target_address, job.is_new))
-        self.group_size += size
-
-    def _send_group(self) -> None:
-        if self.group:
-            self.orders.send((self.group[0].number, self.group))
-        self.group, self.group_size = [], 0
-
-
-def is_small(job: Job) -> bool:
-    """Whether a worker process does all that there is to do for a job."""
-    return job.size is not None and job.size <= MAX_WHOLE
-
-
-class _Progress:
-    """What is known of a file that is on its way."""
-
-    def __init__(self, job: Job, expected: int | None):
-        self.job = job
-        self.result = Result()
-        self.seen = 0
-        self.expected = expected
-        self.error: ProgramError | None = None
-        self.report: Report | None = None
-
-    def note(self, outcome: Result | Report | ProgramError | int) -> None:
-        """Take note of what became of a batch or of a small file, or of how many there were."""
-        if isinstance(outcome, int):
-            self.expected = outcome
-            return
-        self.seen += 1
-        if isinstance(outcome, Result):
-            self.result += outcome
-        elif isinstance(outcome, Report):
-            self.report = outcome
-        else:
-            self.error = self.error or self.job.explain(outcome)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing of it is on its way any more."""
-        return self.seen == self.expected
 
 
 class _Comparisons:
@@ -310,7 +183,7 @@ class _Worker:
         self.is_alone = is_alone
         self.judge = Judge()
         self.small = SmallFiles(options, servers, reporter)
-        self.combining = Servers(servers.network, servers.pace, servers.drop, combines=True)
+        self.combined = servers.combined()
 
     def __call__(self, item: Work) -> list[Outcome]:
         number, plan, work = item
@@ -319,7 +192,7 @@ class _Worker:
     def _bring(self, files: list[Small]) -> list[Outcome]:
         """Bring small files into line: those that are plain at once, the others side by side."""
         jobs = {
-            file.number: Job(file.source, file.target, self.options, self.combining, is_new=file.is_new)
+            file.number: Job(file.source, file.target, self.options, self.combined, size=file.size, is_new=file.is_new)
             for file in files
         }
         found = self.small.bring(list(jobs.values())) if self.small.suits else [None] * len(jobs)
@@ -327,11 +200,20 @@ class _Worker:
         rest = [number for number, report in zip(jobs, found, strict=True) if not report]
         if not rest:
             return outcomes
-        with ThreadPoolExecutor(len(rest)) as executor:
+        threads = len(rest) if self._is_combined(files[0]) else 1
+        with ThreadPoolExecutor(threads) as executor:
             return [
                 *outcomes,
                 *zip(rest, executor.map(self._bring_alone, [jobs[number] for number in rest]), strict=True),
             ]
+
+    def _is_combined(self, file: Small) -> bool:
+        """Whether what many threads ask for goes together. An old server is asked for one thing at a time."""
+        try:
+            sides = [group_files([self.combined.open(address)]) for address in (file.source, file.target)]
+            return all(FEATURE_MANY in side.peer.features for side in sides)
+        except ProgramError:  # that's for its job to tell
+            return False
 
     def _bring_alone(self, job: Job) -> Report | ProgramError:
         return attempt(job, partial(job.carry_out, self.find, self.reporter, self.judge))
