@@ -112,7 +112,7 @@ def _parse_url(expression: str) -> Address:
 
 
 def _check_filename(filename: str, expression: str) -> str:
-    if filename in ("", "/"):
+    if not filename:
         raise LocationError("{value} names a server but no file: add the path of the file", value=expression)
     if "\0" in filename:
         raise LocationError("{value} isn't valid: no file has a NUL byte in its name", value=expression)

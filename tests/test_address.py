@@ -76,9 +76,6 @@ def test_local_locations(expression):
         ("http://host/a\0", "NUL"),
         ("http://host/%00", "NUL"),
         ("http://host", "no file"),
-        ("http://host/", "no file"),
-        ("host:/", "no file"),
-        ("host:80/", "no file"),
         ("http://", "no file"),
         ("http:///a", "host name"),
         ("https://:8080/a", "host name"),
@@ -173,7 +170,7 @@ def test_any_location_is_parsed_or_refused(expression):
 @given(ARGUMENTS.map("/".__add__), st.sampled_from(["host", "::1", "10.0.0.1"]), st.integers(1, 65535))
 def test_any_remote_name_survives_its_url(filename, hostname, port):
     """The URL of a file is plain ASCII, and its spelling leads back to the same bytes."""
-    assume(filename.strip("/") and "\0" not in filename)
+    assume("\0" not in filename)
     for scheme in ("http", "https"):
         address = Address(filename, hostname, port, scheme)
         assert str(address).isascii()

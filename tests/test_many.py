@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -363,6 +365,22 @@ def _refuse(fd: int, filename: str, metadata: object) -> None:
     raise FileForbiddenError("Can't set the mode of {filename}", filename=filename)
 
 
+def test_root_of_a_server_is_a_folder(launch, tmp_path, tree):
+    """For a folder, and for a file that goes into it. A name has to be given where a file is meant."""
+    (tmp_path / "root").mkdir()
+    server = launch("--root", tmp_path / "root")
+    for location in (f"127.0.0.1:{server.port}/", f"{server.origin}/"):
+        assert run_pdiffcopy("-r", tree, location).returncode == 0
+        assert run_pdiffcopy("-r", location, tmp_path / "back").returncode == 0
+        assert read_tree(tmp_path / "back") == read_tree(tmp_path / "root") == read_tree(tree)
+        (tmp_path / "file").write_bytes(b"abc")
+        assert run_pdiffcopy(tmp_path / "file", location).returncode == 0
+        assert (tmp_path / "root" / "file").read_bytes() == b"abc"
+        (tmp_path / "root" / "file").unlink()
+        result = run_pdiffcopy(location, tmp_path / "other")
+        assert result.returncode == 1 and "names a folder: add the name of the file" in result.stderr
+
+
 def test_archive_takes_a_file_too(tmp_path, place, tree):
     """Who is used to that option means one file as often as a folder."""
     os.utime(tree / "a", ns=(5, 5))
@@ -377,6 +395,25 @@ def test_dry_run_of_a_folder_touches_nothing(tmp_path, place, tree):
     report = run("-n", "-r", *place(tree, target))
     assert read_tree(target) == before
     assert (report["equal"], report["updated"], report["created"]) == (1, 1, 3)
+
+
+@pytest.mark.parametrize("options", [("-n",), ("--fsync",)], ids=str)
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_files_share_round_trips(launch, tmp_path, direction, options):
+    """A long wire would make each of them expensive."""
+    count = 40
+    source, target = tmp_path / "source", tmp_path / "target"
+    make_tree(source, **{f"f{number}": number for number in range(count)})
+    make_tree(target, **{f"f{number}": number + (number == 7) for number in range(count)})
+    server = launch("--access-log=-", "-c", "1")
+    places = [str(source), server.location(target)] if direction == "upload" else [server.location(source), str(target)]
+    report = run("-r", *options, *places)
+    assert (report["equal"], report["updated"]) == (count - 1, 1)
+    # The requests that make up one are told, too.
+    lines = server.log.read_text().splitlines()
+    asked = Counter(match[1] for line in lines if (match := re.search("endpoint=/([a-z]+)", line)))
+    assert asked["info"] >= count
+    assert 0 < asked["many"] < sum(asked.values()) / 3
 
 
 @pytest.mark.parametrize("name", ["gone", "gone/"])

@@ -1,8 +1,8 @@
 """
 How do many threads ask a server for many small things in few requests?
 
-While one request is on its way, what other threads ask for is collected, and goes with the next one (which waits for a
-moment, if there were several the last time). What has a body, or takes long, goes alone, a few at a time, and so does
+While one request is on its way, and for a moment before that, what other threads ask for is collected, and goes with
+it or with the next one. What has a body, or takes long, goes alone, a few at a time, and so does
 what turns out to have too long an answer.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -42,18 +42,19 @@ ALONE = 2
 class CombiningServer:
     """A way to a server (:class:`.Server`) for many threads of one process."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, has_company: Callable[[], bool] = lambda: True):
         """
         Initialize it.
 
         :param server: How a single request gets there.
+        :param has_company: Whether there are other threads that may ask for something.
         """
-        self.server = server
+        self.server, self.has_company = server, has_company
         # One thread may both read and write, or get two streams of hashes: what it waits for may not be what it has.
         self._reads, self._writes = threading.Semaphore(ALONE), threading.Semaphore(ALONE)
         self._waiting: deque[tuple[Request, Future[tuple[int, bytes]]]] = deque()
         self._turn = threading.Condition()
-        self._is_taken = self._had_company = False
+        self._is_taken = False
 
     @property
     def peer(self) -> PeerInfo | None:
@@ -132,10 +133,9 @@ class CombiningServer:
                     self._turn.notify_all()
 
     def _go(self) -> None:
-        if self._had_company:
+        if self.has_company():
             time.sleep(COMPANY)
         taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), AT_A_TIME))]
-        self._had_company = len(taken) > 1
         try:
             answers = self._exchange([request for request, _ in taken])
         except BaseException as e:

@@ -10,14 +10,13 @@ Small files are different: a worker process does all that there is to do for som
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from pdiffcopy.address import Address
-from pdiffcopy.client.job import Ended, Job, attempt
+from pdiffcopy.client.job import Ended, Job, attempt_all
 from pdiffcopy.client.plan import Result
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Servers
@@ -35,8 +34,6 @@ MOST_IN_FLIGHT, IN_FLIGHT_SIZE = 24, 1024**3
 """... and how many if they don't have more bytes than that together."""
 FIRST_BEGUN = 2
 """How many of these begin at a time at first. It's twice as many each time."""
-
-T = TypeVar("T")
 
 
 class Small(NamedTuple):
@@ -105,13 +102,14 @@ class Flight:
     def _end(self) -> Iterator[Ended]:
         over, self.over = self.over, []
         actions = [(done.job, partial(done.job.end, done.result)) for done in over if not done.outcome]
-        ended = iter(self._do(actions))
+        ended = iter(attempt_all(actions, self.is_alone))
         for done in over:
             yield done.job, done.outcome or next(ended)
 
     def _begin(self) -> Iterator[Ended]:
         while jobs := self._choose():
-            for job, plan in zip(jobs, self._do([(job, job.begin) for job in jobs]), strict=True):
+            plans = attempt_all([(job, job.begin) for job in jobs], self.is_alone)
+            for job, plan in zip(jobs, plans, strict=True):
                 if isinstance(plan, ProgramError):
                     yield job, plan
                 else:
@@ -143,19 +141,6 @@ class Flight:
         return len(sizes) < IN_FLIGHT or (
             len(sizes) < MOST_IN_FLIGHT and sum(sizes) + (job.size or 0) <= IN_FLIGHT_SIZE
         )
-
-    def _do(self, actions: Sequence[tuple[Job, Callable[[], T]]]) -> Sequence[T | ProgramError]:
-        """Do something for some jobs, side by side."""
-        if len(actions) < 2:
-            return [attempt(job, action, self.is_alone) for job, action in actions]
-        executor = ThreadPoolExecutor(len(actions))
-        try:
-            outcomes = list(executor.map(lambda pair: attempt(*pair), actions))
-        except BaseException:
-            executor.shutdown(wait=False)  # whoever interrupts a run doesn't wait for what its threads wait for
-            raise
-        executor.shutdown()
-        return outcomes
 
     def _follow(self, job: Job, expected: int | None) -> int:
         """Note that a file is on its way, and give it a number."""

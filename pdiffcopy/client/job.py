@@ -10,7 +10,7 @@ Which steps does it take to bring one file into line?
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -37,6 +37,7 @@ from pdiffcopy.exceptions import (
     UsageError,
     WorkerError,
 )
+from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.replica import Replica
 
 T = TypeVar("T")
@@ -268,6 +269,32 @@ _FATAL = (AuthenticationError, DependencyError, DiskFullError, TransientError, W
 def concerns_one_file(error: ProgramError) -> bool:
     """Whether other files may fare better."""
     return not isinstance(error, _FATAL)
+
+
+def attempt_all(actions: Sequence[tuple[Job, Callable[[], T]]], is_alone: bool = False) -> Sequence[T | ProgramError]:
+    """Do something for some jobs, side by side, see :func:`attempt`."""
+    if len(actions) < 2 or not _can_share(actions[0][0]):
+        return [attempt(job, action, is_alone) for job, action in actions]
+    executor = ThreadPoolExecutor(len(actions))
+    try:
+        with actions[0][0].servers.used_by(len(actions)):
+            outcomes = list(executor.map(lambda pair: attempt(*pair), actions))
+    except BaseException:
+        executor.shutdown(wait=False)  # whoever interrupts a run doesn't wait for what its threads wait for
+        raise
+    executor.shutdown()
+    return outcomes
+
+
+def _can_share(job: Job) -> bool:
+    """Whether what several jobs ask a server for goes there together. An old server is asked one thing at a time."""
+    from pdiffcopy.client.sides import group_files
+
+    try:
+        sides = [group_files([job.servers.open(address)]) for address in (job.source_address, job.target_address)]
+        return all(FEATURE_MANY in side.peer.features for side in sides)
+    except ProgramError:  # that's for the job to tell
+        return False
 
 
 def attempt(job: Job, action: Callable[[], T], is_alone: bool = False) -> T | ProgramError:

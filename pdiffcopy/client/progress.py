@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from pdiffcopy.exceptions import UsageError
@@ -91,9 +91,13 @@ class Counter:
 
     value = 0
 
-    def get_lock(self) -> AbstractContextManager[None]:
-        """Only one thread counts."""
-        return nullcontext()
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self._lock = threading.Lock()
+
+    def get_lock(self) -> AbstractContextManager[Any]:
+        """Several threads may count."""
+        return self._lock
 
 
 class Display(Reporter):

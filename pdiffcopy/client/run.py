@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby, islice
 
 from pdiffcopy.blocks import Block, block_length
 from pdiffcopy.client.delta import Batch, make_batches
-from pdiffcopy.client.job import Ended, Job, attempt
+from pdiffcopy.client.job import Ended, Job, attempt_all
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import Finder, generate_batches
 from pdiffcopy.client.plan import Options, Plan
@@ -75,9 +76,21 @@ class Run:
             yield from self._share(jobs, scope, is_alone=False)
             return
         with make_reporter(*scope, self.progress) as reporter:
-            for job in jobs:
-                yield job, attempt(job, partial(self._do_here, job, reporter))
+            for ended in self._scan_all(jobs, reporter):
                 reporter.end_file()
+                yield ended
+
+    def _scan_all(self, jobs: Iterable[Job], reporter: Reporter) -> Iterator[Ended]:
+        """Compare all of them in this process, small ones side by side."""
+        from pdiffcopy.client.flight import GROUP, is_small
+
+        combined = self.servers.combined(self.options.concurrency)
+        for are_small, some in groupby(jobs, is_small):
+            while group := list(islice(some, GROUP if are_small else 1)):
+                for job in group:
+                    job.servers = combined if are_small else self.servers
+                actions = [(job, partial(job.scan, self._find, reporter)) for job in group]
+                yield from zip(group, attempt_all(actions), strict=True)
 
     def _share(self, jobs: Iterable[Job], scope: tuple[int, int, str], is_alone: bool) -> Iterator[Ended]:
         """

@@ -7,7 +7,8 @@ A file of this machine, or one behind a server: :data:`SCHEMES` says which kind 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -41,10 +42,10 @@ def _contain(folder: str) -> Namespace:
     return Within(MACHINE, folder)
 
 
-def _combine(server: Server) -> Server:
+def _combine(server: Server, has_company: Callable[[], bool]) -> Server:
     from pdiffcopy.client.combining import CombiningServer
 
-    return CombiningServer(server)
+    return CombiningServer(server, has_company)
 
 
 class Replicas(Protocol):
@@ -62,7 +63,14 @@ class Servers:
     do if they have been asked already.
     """
 
-    def __init__(self, network: Network, pace: Pace = UNLIMITED, drop: bool = False, base: Servers | None = None):
+    def __init__(
+        self,
+        network: Network,
+        pace: Pace = UNLIMITED,
+        drop: bool = False,
+        base: Servers | None = None,
+        threads: int = 0,
+    ):
         """
         Initialize a collection in which there are none.
 
@@ -70,9 +78,11 @@ class Servers:
         :param pace: How fast the contents of all sources together may come.
         :param drop: Whether what wasn't in a page cache leaves it again.
         :param base: Where they come from, if many threads ask them for many small things.
+        :param threads: How many threads hash all files of this machine (0: each file has threads of its own).
         """
-        self.network, self.pace, self.drop, self.base = network, pace, drop, base
+        self.network, self.pace, self.drop, self.base, self.threads = network, pace, drop, base, threads
         self._servers: dict[str, Server] = {}
+        self._users = 0
 
     def __enter__(self) -> Servers:
         """Nothing to open yet."""
@@ -87,15 +97,28 @@ class Servers:
         for server in self._servers.values():
             server.close()
 
-    def combined(self) -> Servers:
-        """The same servers for many threads that ask for many small things."""
-        return Servers(self.network, self.pace, self.drop, base=self)
+    def combined(self, threads: int = 1) -> Servers:
+        """
+        The same servers for many threads that ask for many small things.
+
+        :param threads: How many other threads hash what lies on this machine, for all of them.
+        """
+        return Servers(self.network, self.pace, self.drop, self, threads)
+
+    @contextmanager
+    def used_by(self, threads: int) -> Iterator[None]:
+        """Expect that so many threads use them. (It's a hint, and needs no lock.)"""
+        self._users += threads
+        try:
+            yield
+        finally:
+            self._users -= threads
 
     @cached_property
     def hashers(self) -> Hashers | None:
-        """What hashes files of this machine, if each of them doesn't get threads of its own: one for all."""
+        """The threads that hash files of this machine, if they're the same for all of them."""
         # Made only now, since what goes to a process that is spawned can have no locks.
-        return Hashers(1) if self.base else None
+        return Hashers(self.threads) if self.threads else None
 
     def open(self, address: Address) -> Replica:
         """
@@ -120,7 +143,7 @@ class Servers:
             if address.scheme not in SCHEMES:
                 raise UsageError("There is no way to reach {address}", address=str(address))
             if self.base:
-                server = _combine(self.base._reach(address))
+                server = _combine(self.base._reach(address), lambda: self._users > 1)
             else:
                 server = SCHEMES[address.scheme](address, self.network, self.pace)
             self._servers.setdefault(address.origin, server)  # another thread may have been faster

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import Pipe
@@ -30,17 +29,14 @@ from queue import Queue, SimpleQueue
 
 from pdiffcopy.client.delta import Batch
 from pdiffcopy.client.flight import Flight, Outcome, Outcomes, Small
-from pdiffcopy.client.job import Ended, Job, attempt, concerns_one_file
+from pdiffcopy.client.job import Ended, Job, attempt_all, concerns_one_file
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import Finder, transfer_batch
 from pdiffcopy.client.plan import Options, Plan, Result
 from pdiffcopy.client.progress import Reporter
-from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Servers
-from pdiffcopy.client.sides import group_files
 from pdiffcopy.client.small import SmallFiles
 from pdiffcopy.exceptions import ProgramError
-from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.mp import WorkerPool, make_queue
 
 COMPARED_AT_A_TIME = 2
@@ -200,23 +196,9 @@ class _Worker:
         rest = [number for number, report in zip(jobs, found, strict=True) if not report]
         if not rest:
             return outcomes
-        threads = len(rest) if self._is_combined(files[0]) else 1
-        with ThreadPoolExecutor(threads) as executor:
-            return [
-                *outcomes,
-                *zip(rest, executor.map(self._bring_alone, [jobs[number] for number in rest]), strict=True),
-            ]
-
-    def _is_combined(self, file: Small) -> bool:
-        """Whether what many threads ask for goes together. An old server is asked for one thing at a time."""
-        try:
-            sides = [group_files([self.combined.open(address)]) for address in (file.source, file.target)]
-            return all(FEATURE_MANY in side.peer.features for side in sides)
-        except ProgramError:  # that's for its job to tell
-            return False
-
-    def _bring_alone(self, job: Job) -> Report | ProgramError:
-        return attempt(job, partial(job.carry_out, self.find, self.reporter, self.judge))
+        move = self.find, self.reporter, self.judge
+        actions = [(jobs[number], partial(jobs[number].carry_out, *move)) for number in rest]
+        return [*outcomes, *zip(rest, attempt_all(actions), strict=True)]
 
     def _move(self, plan: Plan, work: Batch | ProgramError | int) -> Result | ProgramError | int:
         if not isinstance(work, Batch):

@@ -70,7 +70,7 @@ def ask(way, number):
 
 def test_whoever_waits_goes_with_the_next_one(server):
     """The first goes at once, all others together, and each gets its own answer."""
-    way = CombiningServer(server)
+    way = CombiningServer(server, lambda: False)
     server.is_open.clear()
     with ThreadPoolExecutor(20) as executor:
         futures = [executor.submit(ask, way, number) for number in range(20)]
@@ -83,9 +83,23 @@ def test_whoever_waits_goes_with_the_next_one(server):
     assert server.exchanges == [1, 19]
 
 
+def test_first_one_waits_where_others_are(server):
+    """For a moment, so they go together."""
+    way, count = CombiningServer(server), 5
+    with ThreadPoolExecutor(count) as executor:
+        together = threading.Barrier(count)
+
+        def ask_with_others(number):
+            together.wait(20)
+            return ask(way, number)
+
+        assert list(executor.map(ask_with_others, range(count))) == [f"told {number}" for number in range(count)]
+    assert len(server.exchanges) < count
+
+
 def test_requests_have_a_bound(server):
     """As many go together as one exchange can take."""
-    way, count = CombiningServer(server), 3 * AT_A_TIME + 1
+    way, count = CombiningServer(server, lambda: False), 3 * AT_A_TIME + 1
     server.is_open.clear()
     with ThreadPoolExecutor(count) as executor:
         futures = [executor.submit(ask, way, 100 + number) for number in range(count)]
@@ -99,7 +113,7 @@ def test_requests_have_a_bound(server):
 @pytest.mark.parametrize("error", [TransientError("gone"), KeyboardInterrupt()], ids=repr)
 def test_failure_is_that_of_all_who_went(server, error):
     """And of nobody else: the next ones go again."""
-    way = CombiningServer(server)
+    way = CombiningServer(server, lambda: False)
     server.error = error
     server.is_open.clear()
     with ThreadPoolExecutor(5) as executor:
