@@ -2,11 +2,13 @@
 What do many files cost?
 
 Small ones, new and equal, and large ones of which a part differs, against rsync, and against one file of their size;
-and the memory that names take.
+some over a long wire; and the memory that names take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.bench import DOWNLOAD, UPLOAD, Bench, Case, Job
@@ -21,13 +23,15 @@ from benchmarks.contenders import (
     Contender,
 )
 from benchmarks.files import BLOCK_SIZE, MISSING, SCATTERED, Pair
-from benchmarks.servers import PdiffcopyServer, Server
+from benchmarks.servers import PdiffcopyServer, RelayServer, Server
 from benchmarks.trees import TreePair
 
 SMALL_COUNT, LARGE_COUNT, LARGE_SIZE = 1000, 24, 64 * BLOCK_SIZE
+FAR_COUNT, FAR_SIZE, FAR_DELAY = 60, 6 * BLOCK_SIZE, 0.025
+"""How many files there are behind a long wire, their size in bytes, and how long a byte is on its way in seconds."""
 FEW, MANY = 100, 100_000
 """How many names there are."""
-LARGE, NO_CONTENTS = "large files", "empty files"
+LARGE, FAR, NO_CONTENTS = "large files", "files, 50 ms", "empty files"
 GIBIBYTE = 1024**3
 
 BOTH = (DOWNLOAD, UPLOAD)
@@ -39,7 +43,7 @@ SMALL_WORK: tuple[Work, ...] = (
     (TREE, SCATTERED, 0, "small files"),
     (RSYNC_TREE_EQUAL, SCATTERED, 0, "small files"),
 )
-LARGE_WORK: tuple[Work, ...] = ((TREE, SCATTERED, 10, LARGE), (RSYNC_TREE_DELTA, SCATTERED, 10, LARGE))
+LARGE_WORK, FAR_WORK = (((TREE, SCATTERED, 10, name), (RSYNC_TREE_DELTA, SCATTERED, 10, name)) for name in (LARGE, FAR))
 
 
 def count_bytes(unit: int) -> tuple[int, int]:
@@ -49,6 +53,11 @@ def count_bytes(unit: int) -> tuple[int, int]:
     :param unit: What all sizes follow from: 1 GiB, unless it has to be quick.
     """
     return SMALL_COUNT * unit // GIBIBYTE * BLOCK_SIZE, LARGE_COUNT * (LARGE_SIZE * unit // GIBIBYTE)
+
+
+def count_far_bytes(unit: int) -> int:
+    """How many bytes all of those have that are far away (see :func:`count_bytes`)."""
+    return FAR_COUNT * (FAR_SIZE * unit // GIBIBYTE)
 
 
 def count_names(unit: int) -> tuple[int, int]:
@@ -84,11 +93,16 @@ def measure_many(bench: Bench, servers: dict[str, Server], unit: int) -> None:
     _run(bench, servers, pair, LARGE_WORK, singles)
     pair.remove()
     one.remove()
+    pair = TreePair(bench.folder, "far-files", FAR_COUNT, count_far_bytes(unit) // FAR_COUNT)
+    with ExitStack() as stack:
+        far = {kind: stack.enter_context(RelayServer(server, FAR_DELAY)) for kind, server in servers.items()}
+        _run(bench, far, pair, FAR_WORK)
+    pair.remove()
     _measure_names(bench, bench.folder, unit)
 
 
 def _run(
-    bench: Bench, servers: dict[str, Server], pair: TreePair, works: tuple[Work, ...], more: list[Job] | None = None
+    bench: Bench, servers: Mapping[str, Server], pair: TreePair, works: tuple[Work, ...], more: list[Job] | None = None
 ) -> None:
     jobs = list(more or [])
     for direction in BOTH:

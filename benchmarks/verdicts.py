@@ -113,6 +113,7 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         (f"{many.SMALL_COUNT} files of 1 MiB, equal", "rsync -r -I", 1.5, partial(ratios.small_files, 2)),
         (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "rsync -r -I --no-whole-file", 0.35, ratios.large_files),
         (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "one file of that size", 1.15, ratios.single_file),
+        (f"{many.FAR_COUNT} files of 6 MiB, 10 %, 50 ms", "rsync -r -I --no-whole-file", 4.0, ratios.far_files),
         (f"memory, {many.MANY:,} names and {many.FEW}", "100 MiB more", 1.0, ratios.names),
     ]
     return [
@@ -254,6 +255,11 @@ class _Ratios:
         _, size = many.count_bytes(self.memory_size)
         for direction in (DOWNLOAD, UPLOAD):
             yield direction, self.compare(*(many.get_case(work, size, direction) for work in many.LARGE_WORK))
+
+    def far_files(self) -> Ratios:
+        size = many.count_far_bytes(self.memory_size)
+        for direction in (DOWNLOAD, UPLOAD):
+            yield direction, self.compare(*(many.get_case(work, size, direction) for work in many.FAR_WORK))
 
     def single_file(self) -> Ratios:
         _, size = many.count_bytes(self.memory_size)
