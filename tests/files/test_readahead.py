@@ -34,8 +34,11 @@ def file(tmp_path):
 
 
 def drop_cache(file: LocalFile) -> None:
+    """What somebody is just working with stays, so it may take several attempts."""
     os.fsync(file.fd)
-    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    deadline = time.monotonic() + 2
+    while count_cached(file) and time.monotonic() < deadline:
+        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def count_cached(file: LocalFile) -> int:
