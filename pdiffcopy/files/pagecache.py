@@ -31,6 +31,9 @@ LAG = 8 * 1024 * 1024
 """How much may be on its way to the disk while more is being written, in bytes."""
 _WINDOW = 1024**3
 """How much of a file is examined at a time, in bytes."""
+_FAR = 1024**3
+"""How far behind the end of a file nothing can be cached, in bytes. Before that there may be the rest of the pages that
+Linux keeps together (a folio), of which the first is in the file: as many as make up a huge page, 512 MiB at most."""
 
 
 def prepare(fd: int, filename: str, size: int) -> None:
@@ -41,8 +44,9 @@ def prepare(fd: int, filename: str, size: int) -> None:
     """
     with translating("examine the cached pages of", filename):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        is_hidden = _is_cached(fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-    # To those who aren't to know the kernel says that all pages are there: so is the one behind the end.
+        end = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        is_hidden = _is_cached(fd, end) and _is_cached(fd, end + _FAR)
+    # To those who aren't to know the kernel says that all pages are there: so is one behind the end.
     if is_hidden:
         text = "--drop-cache has to see what of {filename} is in memory: only its owner can, and who may write to it"
         raise FileForbiddenError(text, filename=filename)

@@ -13,7 +13,7 @@ from pdiffcopy.exceptions import FileError, FileForbiddenError
 from pdiffcopy.files import kernel, pagecache
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.pagecache import LAG, STEP, find_missing_pages
-from tests.support import DISKS, disk_of_kind, ext4, loop_device, make_data
+from tests.support import DISKS, disk_of_kind, ext4, loop_device, make_data, write_pattern
 
 PAGE = mmap.PAGESIZE
 MEBIBYTE = 1024 * 1024
@@ -212,3 +212,14 @@ def test_largest_files_can_be_looked_at(simple):
     """Behind their end there may be no page."""
     with simple.open("r+b") as file:
         pagecache.prepare(file.fileno(), "the file", 2**63 - 1)
+
+
+def test_file_that_was_cut_is_no_secret(tmp_path):
+    """The kernel keeps pages together, so the first one behind the end may still be in the cache."""
+    for size in (100_000, 3 * 2**20, 16 * 2**20):
+        path = tmp_path / str(size)
+        write_pattern(path, size)
+        for rest in (size // 2 + 17, 5000):
+            os.truncate(path, rest)
+            with path.open("rb") as file:
+                pagecache.prepare(file.fileno(), "the file", rest)
