@@ -16,6 +16,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.client import Client
 from pdiffcopy.client.summary import FileReport, Summary
 from pdiffcopy.exceptions import FileForbiddenError, FilesFailedError, ProgramError, SourceChangedError, UsageError
+from tests.relay import RelayProcess
 from tests.support import error_lines, find_free_port, make_data, run_pdiffcopy, write_pattern
 
 DIRECTIONS = ("local", "upload", "download")
@@ -414,6 +415,33 @@ def test_files_share_round_trips(launch, tmp_path, direction, options):
     asked = Counter(match[1] for line in lines if (match := re.search("endpoint=/([a-z]+)", line)))
     assert asked["info"] >= count
     assert 0 < asked["many"] < sum(asked.values()) / 3
+
+
+def test_orders_do_not_wait_for_workers(server, tmp_path):
+    """However many there are, and however long their names: those who carry them out wait for who gives them."""
+    folder = tmp_path / "source" / ("long-folder-name-" * 12)
+    folder.mkdir(parents=True)
+    for number in range(220):
+        with (folder / f"{number}-{'long' * 40}").open("wb") as file:
+            file.write(b"x%d" % number)
+            file.truncate(17 * 2**20 + number)
+    report = run("-r", tmp_path / "source", tmp_path / "target")
+    assert report["created"] == 220
+    name = f"{folder.name}/7-{'long' * 40}"
+    assert (tmp_path / "target" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+@pytest.mark.parametrize("endpoint", ["hashes", "info"])
+def test_server_that_has_told_a_list_is_worth_waiting_for(server, tmp_path, endpoint):
+    """Whichever process asks next, and whatever it asks."""
+    make_tree(tmp_path / "source", a=1, b=2)
+    make_tree(tmp_path / "target", a=3, b=2)
+    for path in (tmp_path / "source" / "a", tmp_path / "target" / "a"):
+        os.truncate(path, 33 * 2**20)
+    with RelayProcess(server.port, f"request GET+/{endpoint} 0 reset 4") as relay:
+        report = run("-r", "-m", "xxh128", f"127.0.0.1:{relay.port}{tmp_path}/source", tmp_path / "target")
+        assert relay.stop()
+    assert (report["equal"], report["updated"]) == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["gone", "gone/"])

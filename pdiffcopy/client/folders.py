@@ -7,9 +7,10 @@ when all files are done, since each new file moves the time of its folder; set-i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import compress
+from typing import TypeVar
 
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import FOLDER_MODE, MAX_MODE, Metadata
@@ -20,6 +21,8 @@ from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.sides import Files, group_files
 from pdiffcopy.exceptions import ProgramError
 from pdiffcopy.replica import Replica
+
+T = TypeVar("T")
 
 AT_A_TIME = 32
 """How many folders are asked for in one exchange."""
@@ -32,12 +35,11 @@ def make_folders(selection: Selection, servers: Servers) -> None:
     :raises: :exc:`.ProgramError` for the first one that can't be made.
     """
     missing = [folder.name for folder in selection.folders if folder.is_new]
-    ask = Patience(servers.network.retries).persist
     for names in _cut(missing):
         sources, targets = _open(selection, servers, names)
-        found = ask(partial(sources.metadata, range(len(names))))
+        found = _ask(servers, partial(sources.metadata, range(len(names))))
         modes = [FOLDER_MODE if metadata is None else _get_mode(metadata) for metadata in found]
-        for i, is_made in enumerate(ask(partial(targets.make_folders, modes))):
+        for i, is_made in enumerate(_ask(servers, partial(targets.make_folders, modes))):
             if not is_made:
                 targets.replicas[i].make_folder(modes[i])  # tells why
 
@@ -50,12 +52,11 @@ def complete_folders(
 
     :returns: A generator of failures: the folder of the source and that of the target, and what went wrong.
     """
-    ask = Patience(servers.network.retries).persist
     for names in _cut([folder.name for folder in reversed(selection.folders)]):
         sources, targets = _open(selection, servers, names)
-        found = enumerate(ask(partial(sources.metadata, range(len(names)))))
+        found = enumerate(_ask(servers, partial(sources.metadata, range(len(names)))))
         wanted = {i: _select(options, metadata) for i, metadata in found if metadata}
-        is_done = ask(partial(targets.set_metadata, wanted))
+        is_done = _ask(servers, partial(targets.set_metadata, wanted))
         done = set(compress(wanted, is_done))
         for i in sorted(set(range(len(names))) - done):
             try:
@@ -63,6 +64,11 @@ def complete_folders(
                 targets.replicas[i].set_metadata(metadata)
             except ProgramError as e:
                 yield selection.locate(names[i]), e
+
+
+def _ask(servers: Servers, action: Callable[[], T]) -> T:
+    """Do what may be repeated until it succeeds."""
+    return Patience(servers.network.retries).persist(action)
 
 
 def _select(options: Options, metadata: Metadata) -> Metadata:

@@ -69,6 +69,7 @@ class HttpServer:
         self.network = network
         self.pace = pace
         self.peer: PeerInfo | None = None
+        self.has_answered = False
         self._sessions: dict[int, requests.Session] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,11 +96,13 @@ class HttpServer:
     def get_patience(self) -> Patience:
         """See :meth:`.Server.get_patience`."""
         # A server that has never answered is more likely to be somewhere else than to be restarted right now.
-        return Patience(self.network.retries if self.peer else min(self.network.retries, FIRST_RETRIES))
+        is_known = self.peer or self.has_answered
+        return Patience(self.network.retries if is_known else min(self.network.retries, FIRST_RETRIES))
 
     @property
     def _connect_timeout(self) -> float:
-        return self.network.timeout if self.peer else min(FIRST_TIMEOUT, self.network.timeout)
+        is_known = self.peer or self.has_answered
+        return self.network.timeout if is_known else min(FIRST_TIMEOUT, self.network.timeout)
 
     def find_remedy(self, filename: str) -> ProgramError | None:
         """See :meth:`.Server.find_remedy`."""
@@ -136,6 +139,7 @@ class HttpServer:
             ) as response:  # fmt: skip
                 answer = HttpAnswer(url, response, self.network.timeout, self.pace)
                 is_ours = self._check(answer, headers[REQUEST_HEADER])
+                self.has_answered |= is_ours
                 if answer.status not in expect or (answer.status >= 400 and not is_ours):
                     fail(url, request, answer.status, decode_problem(answer.read_document()), is_ours)
                 yield answer

@@ -114,20 +114,23 @@ class _Comparisons:
         self.unfinished: set[int] = set()
         self.failed: set[int] = set()
         self.plans: SimpleQueue[tuple[int, Plan] | None] = SimpleQueue()
+        self.groups: SimpleQueue[Work | None] = SimpleQueue()
         self.work: Queue[Work | BaseException | None] = Queue(1)
 
     def __iter__(self) -> Iterator[Work]:
         """Begin, and yield what there is to do."""
         # After a failure nobody takes what they have found, so the process can't wait for them.
-        for target in (self._take_orders, *[self._compare_all] * COMPARED_AT_A_TIME):
+        sources = (self._pass_groups, *[self._compare_all] * COMPARED_AT_A_TIME)
+        for target in (self._take_orders, *sources):
             threading.Thread(target=target, daemon=True).start()
-        for _ in range(COMPARED_AT_A_TIME):
+        for _ in sources:
             while item := self.work.get():
                 if isinstance(item, BaseException):
                     raise item
                 yield item
 
     def _take_orders(self) -> None:
+        # It never waits for workers: they may wait for the client, which waits until its orders are taken.
         try:
             while order := self.orders.recv():
                 if isinstance(order, int):
@@ -135,14 +138,20 @@ class _Comparisons:
                     continue
                 number, plan = order
                 if isinstance(plan, list):
-                    self.work.put((number, plan, 1))
+                    self.groups.put((number, plan, 1))
                 else:
                     self.unfinished.add(number)
                     self.plans.put(order)
+            self.groups.put(None)
             for _ in range(COMPARED_AT_A_TIME):
                 self.plans.put(None)
         except BaseException as e:
             self.work.put(e)
+
+    def _pass_groups(self) -> None:
+        while group := self.groups.get():
+            self.work.put(group)
+        self.work.put(None)
 
     def _compare_all(self) -> None:
         while order := self.plans.get():
