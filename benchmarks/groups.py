@@ -35,8 +35,8 @@ from benchmarks.disks import Disk
 from benchmarks.files import MISSING, PAGES, SCATTERED, Pair, SparsePair, scatter
 from benchmarks.links import Link, Machine, UnavailableError
 from benchmarks.many import measure_many
-from benchmarks.servers import LOOPBACK as LOOPBACK_ADDRESS
 from benchmarks.servers import (
+    DELAY,
     LimitedServer,
     PdiffcopyServer,
     RelayServer,
@@ -45,7 +45,9 @@ from benchmarks.servers import (
     Server,
     SlowStorage,
     TracedServer,
+    relayed,
 )
+from benchmarks.servers import LOOPBACK as LOOPBACK_ADDRESS
 from benchmarks.sparse import measure_sparse
 
 MEBIBYTE, GIBIBYTE = 1024**2, 1024**3
@@ -53,8 +55,6 @@ PERCENTAGES = (0, 1, 10, 50, 100)
 SMALL_SIZE = 10 * MEBIBYTE
 LINKS = {"1 Gbit/s": 10**9, "50 Mbit/s": 5 * 10**7}
 """The bandwidths in bits per second."""
-DELAY = 0.025
-"""How long a byte is on the long wire, in seconds."""
 READ_DELAY = 0.001
 """How long storage elsewhere takes for a request, in seconds."""
 RELAY, LONG_RELAY = "relay", "relay, 50 ms"
@@ -243,9 +243,7 @@ class Suite:
         jobs = []
         with ExitStack() as stack:
             for name, delay in ((RELAY, 0.0), (LONG_RELAY, DELAY)):
-                servers: dict[str, Server] = {
-                    kind: stack.enter_context(RelayServer(server, delay)) for kind, server in self.servers.items()
-                }
+                servers = stack.enter_context(relayed(self.servers, delay))
                 for contender in (DEFAULT, RSYNC_DELTA):
                     for direction in BOTH if contender is DEFAULT else (DOWNLOAD,):
                         jobs += self._jobs("long", contender, direction=direction, link=name, servers=servers,

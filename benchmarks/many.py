@@ -7,8 +7,6 @@ some over a long wire; and the memory that names take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.bench import DOWNLOAD, UPLOAD, Bench, Case, Job
@@ -23,12 +21,12 @@ from benchmarks.contenders import (
     Contender,
 )
 from benchmarks.files import BLOCK_SIZE, MISSING, SCATTERED, Pair
-from benchmarks.servers import PdiffcopyServer, RelayServer, Server
+from benchmarks.servers import DELAY, PdiffcopyServer, Server, relayed
 from benchmarks.trees import TreePair
 
 SMALL_COUNT, LARGE_COUNT, LARGE_SIZE = 1000, 24, 64 * BLOCK_SIZE
-FAR_COUNT, FAR_SIZE, FAR_DELAY = 60, 6 * BLOCK_SIZE, 0.025
-"""How many files there are behind a long wire, their size in bytes, and how long a byte is on its way in seconds."""
+FAR_COUNT, FAR_SIZE = 60, 6 * BLOCK_SIZE
+"""How many files there are behind a long wire, and how many bytes each of them has."""
 FEW, MANY = 100, 100_000
 """How many names there are."""
 LARGE, FAR, NO_CONTENTS = "large files", "files, 50 ms", "empty files"
@@ -94,15 +92,14 @@ def measure_many(bench: Bench, servers: dict[str, Server], unit: int) -> None:
     pair.remove()
     one.remove()
     pair = TreePair(bench.folder, "far-files", FAR_COUNT, count_far_bytes(unit) // FAR_COUNT)
-    with ExitStack() as stack:
-        far = {kind: stack.enter_context(RelayServer(server, FAR_DELAY)) for kind, server in servers.items()}
+    with relayed(servers, DELAY) as far:
         _run(bench, far, pair, FAR_WORK)
     pair.remove()
     _measure_names(bench, bench.folder, unit)
 
 
 def _run(
-    bench: Bench, servers: Mapping[str, Server], pair: TreePair, works: tuple[Work, ...], more: list[Job] | None = None
+    bench: Bench, servers: dict[str, Server], pair: TreePair, works: tuple[Work, ...], more: list[Job] | None = None
 ) -> None:
     jobs = list(more or [])
     for direction in BOTH:

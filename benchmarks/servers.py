@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 # What is installed comes with its bytecode, so that of a checkout is kept, too: compiling isn't what a user waits for.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
 LOOPBACK = "127.0.0.1"
+DELAY = 0.025
+"""How long a byte is on the long wire, in seconds."""
 STARTUP_TIMEOUT = 30
 END_TIMEOUT = 20
 
@@ -271,6 +273,13 @@ class RelayServer(Server):
         """End the relay, and get what it has counted."""
         self.__exit__()
         return json.loads(self.output.read_text())
+
+
+@contextmanager
+def relayed(servers: Mapping[str, Server], delay: float) -> Iterator[dict[str, Server]]:
+    """Lend a wire to each of some servers, see :class:`RelayServer`."""
+    with ExitStack() as stack:
+        yield {kind: stack.enter_context(RelayServer(server, delay)) for kind, server in servers.items()}
 
 
 def find_free_port() -> int:

@@ -8,7 +8,7 @@ option but the locations, unless the row names one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -79,6 +79,10 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
     ratios = _Ratios(results, size, memory_size)
     nothing, tenth, everything = (partial(ratios.delta, percent) for percent in (0, 10, 100))
     missing = partial(ratios.delta, 100, layout=MISSING, rivals=[RSYNC_WHOLE])
+    small, large = many.count_bytes(memory_size)
+    new, equal = (partial(ratios.files, many.SMALL_WORK[i : i + 2], small) for i in (0, 2))
+    changed = partial(ratios.files, many.LARGE_WORK, large)
+    far = partial(ratios.files, many.FAR_WORK, many.count_far_bytes(memory_size))
     rows: list[tuple[str, str, float, Callable[[], Ratios]]] = [
         ("nothing changed", "the better rsync", 0.70, nothing),
         ("nothing changed, cubic", "the better rsync", 0.70, partial(nothing, link=CUBIC)),
@@ -109,11 +113,16 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("100 GiB with 5 GiB of data, room", "the source", 1.01, ratios.sparse_room),
         ("compressed pages, whole and delta, room", "the source", 1.02, ratios.page_room),
         ("--atomic with clones, 10 % scattered MiBs", "in place", 1.15, ratios.atomic),
-        (f"{many.SMALL_COUNT} files of 1 MiB, new", "rsync -r", 1.3, partial(ratios.small_files, 0)),
-        (f"{many.SMALL_COUNT} files of 1 MiB, equal", "rsync -r -I", 1.5, partial(ratios.small_files, 2)),
-        (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "rsync -r -I --no-whole-file", 0.35, ratios.large_files),
+        (f"{many.SMALL_COUNT} files of 1 MiB, new", "rsync -r", 1.3, new),
+        (
+            f"{many.SMALL_COUNT} files of 1 MiB, equal",
+            "rsync -r -I",
+            1.5,
+            equal,
+        ),
+        (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "rsync -r -I --no-whole-file", 0.35, changed),
         (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "one file of that size", 1.15, ratios.single_file),
-        (f"{many.FAR_COUNT} files of 6 MiB, 10 %, 50 ms", "rsync -r -I --no-whole-file", 4.0, ratios.far_files),
+        (f"{many.FAR_COUNT} files of 6 MiB, 10 %, 50 ms", "rsync -r -I --no-whole-file", 4.0, far),
         (f"memory, {many.MANY:,} names and {many.FEW}", "100 MiB more", 1.0, ratios.names),
     ]
     return [
@@ -245,21 +254,10 @@ class _Ratios:
             case = Case("atomic", ATOMIC, self.memory_size, direction)
             yield direction, self.compare(case, replace(case, contender=DEFAULT))
 
-    def small_files(self, which: int) -> Ratios:
-        size, _ = many.count_bytes(self.memory_size)
+    def files(self, works: Sequence[many.Work], size: int) -> Ratios:
         for direction in (DOWNLOAD, UPLOAD):
-            ours, theirs = (many.get_case(work, size, direction) for work in many.SMALL_WORK[which : which + 2])
+            ours, theirs = (many.get_case(work, size, direction) for work in works)
             yield direction, self.compare(ours, theirs)
-
-    def large_files(self) -> Ratios:
-        _, size = many.count_bytes(self.memory_size)
-        for direction in (DOWNLOAD, UPLOAD):
-            yield direction, self.compare(*(many.get_case(work, size, direction) for work in many.LARGE_WORK))
-
-    def far_files(self) -> Ratios:
-        size = many.count_far_bytes(self.memory_size)
-        for direction in (DOWNLOAD, UPLOAD):
-            yield direction, self.compare(*(many.get_case(work, size, direction) for work in many.FAR_WORK))
 
     def single_file(self) -> Ratios:
         _, size = many.count_bytes(self.memory_size)
