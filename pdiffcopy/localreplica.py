@@ -202,7 +202,6 @@ class LocalReplica(Replica):
         Create a file, and write all of its contents, see :meth:`claim`, :meth:`resize` and :meth:`write`.
 
         :param metadata: What it gets after that, while nobody else can claim it.
-
         :raises: :exc:`.FileError` when it exists, or when that isn't possible or makes no sense.
         """
         with create_alone(self.filename, self.namespace, mode, reading.size) as file:

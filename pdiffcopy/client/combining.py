@@ -2,8 +2,8 @@
 How do many threads ask a server for many small things in few requests?
 
 While one request is on its way, and for a moment before that, what other threads ask for is collected, and goes with
-it or with the next one. What has a body, or takes long, goes alone, a few at a time, and so does
-what turns out to have too long an answer.
+it or with the next one. What has a body, or takes long, goes alone, a few at a time, and so does what turns out to have
+too long an answer.
 """
 
 from __future__ import annotations

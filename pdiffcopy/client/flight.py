@@ -130,13 +130,13 @@ class Flight:
                 job.servers = self.servers
                 chosen.append(job)
         # Not all at once at first: the sooner the first one has begun, the sooner all others have something to do.
-        self.most_begun *= 2
+        self.most_begun = min(2 * self.most_begun, MOST_IN_FLIGHT)
         return chosen
 
     def _has_room(self, job: Job, chosen: Sequence[Job]) -> bool:
-        others = [*chosen, *(progress.job for progress in self.running.values())]
         if is_small(job):
-            return len(others) < SMALL_IN_FLIGHT
+            return len(chosen) + len(self.running) < SMALL_IN_FLIGHT
+        others = [*chosen, *(progress.job for progress in self.running.values())]
         sizes = [other.size or 0 for other in others if not is_small(other)]
         return len(sizes) < IN_FLIGHT or (
             len(sizes) < MOST_IN_FLIGHT and sum(sizes) + (job.size or 0) <= IN_FLIGHT_SIZE

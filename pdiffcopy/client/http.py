@@ -96,13 +96,16 @@ class HttpServer:
     def get_patience(self) -> Patience:
         """See :meth:`.Server.get_patience`."""
         # A server that has never answered is more likely to be somewhere else than to be restarted right now.
-        is_known = self.peer or self.has_answered
-        return Patience(self.network.retries if is_known else min(self.network.retries, FIRST_RETRIES))
+        return Patience(self.network.retries if self._is_known else min(self.network.retries, FIRST_RETRIES))
 
     @property
     def _connect_timeout(self) -> float:
-        is_known = self.peer or self.has_answered
-        return self.network.timeout if is_known else min(FIRST_TIMEOUT, self.network.timeout)
+        return self.network.timeout if self._is_known else min(FIRST_TIMEOUT, self.network.timeout)
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether it has ever answered: an old server doesn't say that an answer is its own."""
+        return self.has_answered or self.peer is not None
 
     def find_remedy(self, filename: str) -> ProgramError | None:
         """See :meth:`.Server.find_remedy`."""

@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -100,7 +101,7 @@ class Counter:
         return self._lock
 
 
-class Display(Reporter):
+class Display(Reporter, ABC):
     """Shows in a ``with`` block, during which no process may be forked, what was counted in all processes."""
 
     def __init__(self, total: int, files: int, label: str = "", make_counter: Callable[[], Any] = Counter):
@@ -136,8 +137,9 @@ class Display(Reporter):
         """See :meth:`Reporter.end_file`."""
         self.files_done += 1
 
+    @abstractmethod
     def _draw(self) -> None:
-        raise NotImplementedError
+        """Show what was counted, again and again, until all is done."""
 
 
 class Bar(Display):

@@ -87,8 +87,8 @@ class Run:
         combined = self.servers.combined(self.options.concurrency)
         for are_small, some in groupby(jobs, is_small):
             while group := list(islice(some, GROUP if are_small else 1)):
-                for job in group:
-                    job.servers = combined if are_small else self.servers
+                for job in group if are_small else ():
+                    job.servers = combined
                 actions = [(job, partial(job.scan, self._find, reporter)) for job in group]
                 yield from zip(group, attempt_all(actions), strict=True)
 

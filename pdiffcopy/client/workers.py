@@ -120,10 +120,10 @@ class _Comparisons:
     def __iter__(self) -> Iterator[Work]:
         """Begin, and yield what there is to do."""
         # After a failure nobody takes what they have found, so the process can't wait for them.
-        sources = (self._pass_groups, *[self._compare_all] * COMPARED_AT_A_TIME)
-        for target in (self._take_orders, *sources):
+        finders = (self._pass_groups, *[self._compare_all] * COMPARED_AT_A_TIME)
+        for target in (self._take_orders, *finders):
             threading.Thread(target=target, daemon=True).start()
-        for _ in sources:
+        for _ in finders:
             while item := self.work.get():
                 if isinstance(item, BaseException):
                     raise item

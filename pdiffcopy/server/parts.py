@@ -108,10 +108,10 @@ class _Answer:
             response = self.handle_error(e)
             part = PartAnswer(response.status_code, response.get_data())
         # A client asks for what is too long by a request of its own.
-        if not part.size and (len(part.document) > MAX_PART or count_bytes(part) > self.room):
-            part = PartAnswer(TooLargeError.http_status, b"")
-        else:
-            self.room -= count_bytes(part)
+        needed = count_bytes(part)
+        if not part.size and (len(part.document) > MAX_PART or needed > self.room):
+            part, needed = PartAnswer(TooLargeError.http_status, b""), 0
+        self.room -= needed
         method, path, query = request.verb, f"/{request.endpoint}", request.query.decode("ascii")
         environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
         duration = timedelta(seconds=time.monotonic() - started)

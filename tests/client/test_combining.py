@@ -68,16 +68,21 @@ def ask(way, number):
         return "missing"
 
 
+def ask_meanwhile(server, way, numbers):
+    """Let all ask, while the first one is on its way: what becomes of each."""
+    server.is_open.clear()
+    with ThreadPoolExecutor(len(numbers)) as executor:
+        futures = [executor.submit(ask, way, number) for number in numbers]
+        while len(way._waiting) < len(numbers) - 1:
+            threading.Event().wait(0.01)
+        server.is_open.set()
+    return [future.exception() or future.result() for future in futures]
+
+
 def test_whoever_waits_goes_with_the_next_one(server):
     """The first goes at once, all others together, and each gets its own answer."""
     way = CombiningServer(server, lambda: False)
-    server.is_open.clear()
-    with ThreadPoolExecutor(20) as executor:
-        futures = [executor.submit(ask, way, number) for number in range(20)]
-        while len(way._waiting) < 19:
-            threading.Event().wait(0.01)
-        server.is_open.set()
-    assert [future.result() for future in futures] == [
+    assert ask_meanwhile(server, way, range(20)) == [
         "missing" if number == 13 else f"told {number}" for number in range(20)
     ]
     assert server.exchanges == [1, 19]
@@ -100,13 +105,8 @@ def test_first_one_waits_where_others_are(server):
 def test_requests_have_a_bound(server):
     """As many go together as one exchange can take."""
     way, count = CombiningServer(server, lambda: False), 3 * AT_A_TIME + 1
-    server.is_open.clear()
-    with ThreadPoolExecutor(count) as executor:
-        futures = [executor.submit(ask, way, 100 + number) for number in range(count)]
-        while len(way._waiting) < count - 1:
-            threading.Event().wait(0.01)
-        server.is_open.set()
-    assert [future.result() for future in futures] == [f"told {100 + number}" for number in range(count)]
+    numbers = range(100, 100 + count)
+    assert ask_meanwhile(server, way, numbers) == [f"told {number}" for number in numbers]
     assert max(server.exchanges) == AT_A_TIME and sum(server.exchanges) == count
 
 
@@ -115,13 +115,7 @@ def test_failure_is_that_of_all_who_went(server, error):
     """And of nobody else: the next ones go again."""
     way = CombiningServer(server, lambda: False)
     server.error = error
-    server.is_open.clear()
-    with ThreadPoolExecutor(5) as executor:
-        futures = [executor.submit(ask, way, number) for number in range(5)]
-        while len(way._waiting) < 4:
-            threading.Event().wait(0.01)
-        server.is_open.set()
-        assert [future.exception() for future in futures] == [error] * 5
+    assert ask_meanwhile(server, way, range(5)) == [error] * 5
     server.error = None
     assert ask(way, 1) == "told 1"
 
