@@ -94,13 +94,14 @@ def heed_signals() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) and a shell without job control leave it
             signal.signal(number, _end)
+    sys.unraisablehook = _hear_again
     # They were kept waiting until now, see __main__.py.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def ignore_signals() -> None:
     """Let no signal end the program any more."""
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -114,6 +115,24 @@ def _end(number: int, frame: Any) -> NoReturn:
         os._exit(fail(*EndingSignal(number).describe()))
     _is_ending = True
     raise EndingSignal(number)
+
+
+def _hear_again(unraisable: Any) -> None:
+    """
+    Let a signal arrive again, after it arrived where Python ignores exceptions (a finalizer or another callback).
+
+    It can't do so at once, since exceptions are ignored here, too.
+    """
+    if not isinstance(unraisable.exc_value, EndingSignal):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = unraisable.exc_value.number
+
+    def end(alarm: int, frame: Any) -> NoReturn:
+        raise EndingSignal(number)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -478,6 +478,36 @@ def test_signal_ends_a_run(busy, options, number, status, word):
     assert options or not any(map(is_alive, family))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("place", ["finalizer", "callback"])
+def test_signal_ends_a_run_wherever_it_arrives(place, number):
+    """Python ignores exceptions in finalizers and in callbacks of weak references, but the user meant it."""
+    code = """
+        import os, sys, time, weakref
+        from pdiffcopy import cli
+
+        def interrupt(_=None):
+            os.kill(os.getpid(), int(sys.argv[2]))
+            sum(range(1000))
+
+        class Anything:
+            if sys.argv[1] == "finalizer":
+                __del__ = interrupt
+
+        def run(arguments):
+            anything = Anything()
+            reference = weakref.ref(anything, interrupt) if sys.argv[1] == "callback" else None
+            del anything
+            time.sleep(60)
+
+        cli._run = run
+        cli.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), place, str(number.value)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT)
+    assert_fails(result, 128 + number)
+
+
 def test_terminal_that_goes_away_ends_a_run(busy):
     """Though there's nowhere left to write that to, the exit code is that of a hangup."""
     pid, terminal = pty.fork()

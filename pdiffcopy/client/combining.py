@@ -141,6 +141,8 @@ class CombiningServer:
         except BaseException as e:
             for _, future in taken:
                 future.set_exception(e)
+            if not isinstance(e, Exception):  # a signal is for this thread, whose own request may still wait
+                raise
             return
         for (_, future), answer in zip(taken, answers, strict=True):
             future.set_result(answer)
