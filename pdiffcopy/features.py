@@ -57,7 +57,7 @@ The rest a client uses only when the server lists it as a *feature* in its answe
     ``GET /pieces?filename=&extents=&size=&method=`` answers with the digests of the pieces of some extents, as they
     are, one after the other. And ``/blocks`` takes ``packed=``, which are extents in a short form (:class:`.Packed`).
 :data:`FEATURE_RESUME`
-    ``/hashes`` takes ``offset=`` (a multiple of the block size) and begins there, and its lines come in order. With
+    ``/hashes`` takes ``offset=`` (a multiple of the block size) and ``stop=``, and its lines come in order. With
     ``checks=1`` the digest of the lines follows after each few of them (:func:`.add_check`), empty lines keep the
     connection alive, and the last line is :data:`.DONE` or a problem.
 :data:`FEATURE_SPARSE`

@@ -12,21 +12,20 @@ come in the order of the file, so memory stays flat and no core idles at the end
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, TimeoutError
-from functools import cache, lru_cache, partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, TypeVar
 
-from pdiffcopy import digests
 from pdiffcopy.blocks import BlockDigest, Extent, Hole, align, find_layout
+from pdiffcopy.digests import digest_layout
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.openfile import OpenFile
+from pdiffcopy.methods import get_hasher
 
 STRIPE_SIZE = 16 * 1024 * 1024
 """How many bytes a thread hashes in one go (at least one block)."""
@@ -277,74 +276,33 @@ def _hash_stripe(
     extents = [Extent(offset, min(run, stop - offset)) for offset in range(start, stop, run)]
     holes = list(file.holes(start, stop)) if grain else []
     found: _Found = []
-    hasher, position = new_hasher(), start
     with file.reading([Extent(start, stop - start)]):
-        for chunk in file.chunks(extents, holes=holes):
-            for cut in range(0, len(chunk), block_size):
-                piece = chunk[cut : cut + block_size]
-                hasher.update(piece)
-                position += len(piece)
-                if position % block_size == 0 or position == stop:
-                    offset = (position - 1) // block_size * block_size
-                    layout = _tell_layout(Extent(offset, position - offset), holes, block_size, grain) if holes else ""
-                    found.append(BlockDigest(offset, hasher.hexdigest() + layout))
-                    hasher = new_hasher()
+        chunks = file.chunks(extents, holes=holes)
+        for extent in extents:
+            for offset, digest in _digest_blocks(chunks, extent, block_size, new_hasher):
+                if holes:
+                    block = Extent(offset, min(block_size, stop - offset))
+                    digest += _tell_layout(block, holes, block_size, grain)
+                found.append(BlockDigest(offset, digest))
     return found
+
+
+def _digest_blocks(
+    chunks: Iterator[memoryview], extent: Extent, block_size: int, new_hasher: Callable[..., Any]
+) -> Iterator[tuple[int, str]]:
+    """Digest the blocks of an extent: one large block, or all that come in one chunk."""
+    if block_size > CHUNK_SIZE:
+        hasher = new_hasher()
+        for chunk in islice(chunks, -(-extent.size // CHUNK_SIZE)):
+            hasher.update(chunk)
+        yield extent.offset, hasher.hexdigest()
+        return
+    chunk = next(chunks)
+    for cut in range(0, extent.size, block_size):
+        yield extent.offset + cut, new_hasher(chunk[cut : cut + block_size]).hexdigest()
 
 
 def _tell_layout(block: Extent, holes: Sequence[Extent], block_size: int, grain: int) -> str:
     """A dot and a digest of where a block has holes, if it has some."""
     layout = find_layout(block, holes, block_size, grain)
-    return f".{digests.digest_layout(layout)}" if layout else ""
-
-
-def find_method(method: str) -> str:
-    """
-    Find the name that both sides of a copy have for a hash method.
-
-    :param method: The name in any of the spellings that Python allows, like ``SHA1``.
-    :raises: :exc:`.UsageError` when there is no such method here.
-    """
-    for name in (method, method.lower()):
-        if name in get_methods():
-            return name
-    get_hasher(method)
-    return str(hashlib.new(method, usedforsecurity=False).name)
-
-
-def get_hasher(method: str) -> Callable[..., Any]:
-    """
-    Find a hash method.
-
-    :param method: ``xxh128``, ``blake3`` or a fixed-length method of :mod:`hashlib`.
-    :returns: A function that makes objects with the methods ``update()`` and ``hexdigest()``.
-    :raises: :exc:`.UsageError` when there is no such method here.
-    """
-    hasher = _find_hasher(method)
-    if not hasher:
-        methods = ", ".join(sorted(get_methods()))
-        raise UsageError("There is no hash method {method} here: try one of {methods}", method=method, methods=methods)
-    return hasher
-
-
-@cache
-def get_methods() -> frozenset[str]:
-    """The names of all hash methods that work here."""
-    return frozenset(filter(_find_hasher, {digests.METHOD, "blake3"} | hashlib.algorithms_available))
-
-
-@lru_cache(maxsize=256)
-def _find_hasher(method: str) -> Callable[..., Any] | None:
-    if method == digests.METHOD:
-        return digests.new_hasher
-    if method == "blake3":
-        from blake3 import blake3
-
-        return blake3
-    try:
-        # A method of variable length (SHAKE) has no digest size, and one that the policy of the system forbids fails.
-        if hashlib.new(method, usedforsecurity=False).digest_size:
-            return partial(hashlib.new, method, usedforsecurity=False)
-    except (ValueError, TypeError):  # the latter for a NUL byte or what isn't UTF-8
-        pass
-    return None
+    return f".{digest_layout(layout)}" if layout else ""

@@ -25,7 +25,8 @@ from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder
 from pdiffcopy.files.room import get_room
 from pdiffcopy.files.staging import NewVersion, is_new_version
 from pdiffcopy.files.stored import Stored
-from pdiffcopy.hashing import Hashers, get_hasher, get_methods
+from pdiffcopy.hashing import Hashers
+from pdiffcopy.methods import get_hasher, get_methods
 from pdiffcopy.pace import UNLIMITED
 from pdiffcopy.replica import Reading, Replica, Staged
 from pdiffcopy.streams import format_hashes

@@ -69,6 +69,8 @@ class HashesRequest(Request):
     method: str = word(Text())
     concurrency: int = word(Integer(1, MAX_CONCURRENCY), 1, is_frozen=True)
     offset: int = word(Integer(), 0)
+    stop: int = word(Integer(), 0)
+    """Where the last block ends (0: where the file does)."""
     checks: bool = word(Flag(), False)
     grain: int = word(Integer(0, MAX_BLOCK_SIZE), 0)
     """The size of the smallest hole that matters (0: none does, and a hole is hashed like anything else)."""
@@ -81,10 +83,6 @@ class HashesRequest(Request):
             raise RequestError("The offset {start} isn't a multiple of the block size", start=self.offset)
         if self.grain and (self.grain > self.block_size or not self.checks):
             raise RequestError("Holes are told with checks, and their grain can't be larger than a block")
-
-    def starting_at(self, offset: int) -> HashesRequest:
-        """Return the same request for a part of the file, with checks (feature `resume`)."""
-        return self.changed(offset=offset, checks=True)
 
 
 class ListRequest(Request):

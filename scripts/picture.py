@@ -18,7 +18,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pdiffcopy"
 
 FLOORS: list[dict[str, str]] = [
-    {"ground": r"|cores|exceptions|address|blocks|entries|digests|security|pace"},
+    {"ground": r"|cores|exceptions|address|blocks|entries|digests|methods|security|pace"},
     {
         "wire": r"words|features|request|protocol|bundles|wholes|answers|streams",
         "files": r"files(\..*)?",

@@ -24,10 +24,9 @@ from pdiffcopy.hashing import (
     Budget,
     Hashers,
     compute_hashes,
-    get_hasher,
-    get_methods,
     hash_worker,
 )
+from pdiffcopy.methods import get_hasher, get_methods
 from tests.support import wait_for, write_pattern
 
 SMALL_STRIPE = 4096

@@ -30,8 +30,9 @@ from pdiffcopy.exceptions import (
     TakenOverError,
 )
 from pdiffcopy.features import FEATURES
-from pdiffcopy.hashing import Hashers, get_hasher
+from pdiffcopy.hashing import Hashers
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.methods import get_hasher
 from pdiffcopy.replica import Reading, Replica
 from tests.support import make_data, snapshot, write_pattern
 

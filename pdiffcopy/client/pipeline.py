@@ -52,7 +52,7 @@ from pdiffcopy.client.servers import Replicas
 from pdiffcopy.digests import compute_digest, digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, SourceChangedError, TransientError, VerificationError
 from pdiffcopy.files.stored import counted
-from pdiffcopy.hashing import get_hasher
+from pdiffcopy.methods import get_hasher
 from pdiffcopy.replica import Reading, Replica
 from pdiffcopy.words import MAX_PACKED
 

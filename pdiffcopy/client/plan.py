@@ -10,7 +10,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.blocks import FileInfo, Metadata
 from pdiffcopy.client.delta import Batch, Sparse
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.hashing import find_method
+from pdiffcopy.methods import find_method
 from pdiffcopy.pace import SLOW_RATE
 from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
 

@@ -115,6 +115,11 @@ class RemoteReplica(Replica):
         """What the server can do (it is asked once)."""
         return (self.server.peer or self.info()[1]).features
 
+    @property
+    def _resumes(self) -> bool:
+        """Whether the server can hash a part of a file."""
+        return FEATURE_RESUME in self._features
+
     def entries(self, depth: int) -> Generator[Entry, None, None]:
         """See :meth:`.Replica.entries`."""
         request = self._make(ListRequest, depth=depth)
@@ -162,17 +167,17 @@ class RemoteReplica(Replica):
                     yield [item]
                     position = get_end(item, block_size)
                     patience.succeeded()
-                if self._get_size() <= end:  # otherwise there is more to come
+                if self._resumes or self._get_size() <= end:  # otherwise there is more to come
                     next(lines, None)  # how it ended: a connection of which nothing is left can be used again
             except TransientError as e:
                 patience.failed(e)
 
     def _hash_lines(self, request: HashesRequest, start: int, stop: int) -> Iterator[BlockDigest | Hole]:
-        resumes = FEATURE_RESUME in self._features
-        # An old server can only begin at the beginning, and a file may be longer than what we compare.
+        resumes = self._resumes
+        # An old server tells all of a file, which may be longer than what we compare.
         most = count_blocks(stop if resumes else max(stop, self._get_size()), request.block_size)
         if resumes:
-            request = request.starting_at(start)
+            request = request.changed(offset=start, stop=stop, checks=True)
         with self._exchange(request) as answer:
             chunks = answer.read_lines()
             lines = parse_checked(chunks, parse_hash) if resumes else parse_hashes(chunks)

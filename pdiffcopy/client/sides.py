@@ -21,8 +21,8 @@ from pdiffcopy.client.remote import RemoteReplica
 from pdiffcopy.exceptions import FileMissingError, ProgramError
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files.splice import Chunk
-from pdiffcopy.hashing import get_methods
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.methods import get_methods
 from pdiffcopy.protocol import InfoRequest, MakeFolderRequest, MetadataRequest, SetMetadataRequest
 from pdiffcopy.replica import Reading, Replica
 from pdiffcopy.request import Request

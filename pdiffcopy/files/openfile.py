@@ -37,6 +37,8 @@ from pdiffcopy.files.sockets import send_all, wait_for_room
 
 F = TypeVar("F", bound="OpenFile")
 
+_CHUNKS_AT_A_TIME = 4
+
 
 class OpenFile:
     """An open regular file or block device (a context manager)."""
@@ -166,13 +168,13 @@ class OpenFile:
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
-        done = 0
-        with translating("read", self.filename):
-            while done < len(view):
-                count = os.preadv(self.fd, [view[done:]], offset + done)
-                if not count:
-                    break
+        try:
+            done = count = os.preadv(self.fd, (view,), offset)
+            while count and done < len(view):
+                count = os.preadv(self.fd, (view[done:],), offset + done)
                 done += count
+        except OSError as e:
+            raise FileError.from_os_error(e, "read", self.filename) from e
         return done
 
     @contextmanager
@@ -198,18 +200,21 @@ class OpenFile:
                  more (see :attr:`is_awaited`).
         """
         ahead, done = ReadAhead(self.fd, subtract(extents, holes) if holes else extents), 0
+        step = min(step, CHUNK_SIZE)
         with borrow_buffer() as buffer:
-            for chunk in cut(extents, min(step, CHUNK_SIZE)):
+            # While one thread is here, the others can't be: what needn't be done for each chunk is done for a few.
+            for start, size in cut(extents, _CHUNKS_AT_A_TIME * step):
                 if self.is_awaited and not self.is_awaited():
                     raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
                 ahead.advance(done)
-                view = buffer[: chunk.size]
-                if holes:
-                    done += self._fill_around(view, chunk.offset, holes)
-                else:
-                    self._fill(view, chunk.offset)
-                    done += chunk.size
-                yield view
+                for offset in range(start, start + size, step):
+                    view = buffer[: min(step, start + size - offset)]
+                    if holes:
+                        done += self._fill_around(view, offset, holes)
+                    else:
+                        self._fill(view, offset)
+                        done += len(view)
+                    yield view
 
     def _fill_around(self, view: memoryview, offset: int, holes: Sequence[Extent]) -> int:
         """Fill a buffer from an offset, and tell how many bytes of it were read: in holes there are zeros."""

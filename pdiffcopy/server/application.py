@@ -161,8 +161,9 @@ class _Views:
 
     def hashes(self, request: protocol.HashesRequest, replica: LocalReplica) -> Response:
         """``GET /hashes``"""
+        stop = request.stop or None
         stripes = replica.hashes(
-            request.block_size, request.method, request.concurrency, request.offset, grain=request.grain
+            request.block_size, request.method, request.concurrency, request.offset, stop, request.grain
         )
         lines = map(streams.format_hashes, stripes)
         body = _report(map(streams.add_check, lines)) if request.checks else lines

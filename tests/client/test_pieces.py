@@ -13,8 +13,8 @@ from pdiffcopy.client.delta import Batch
 from pdiffcopy.client.pieces import MOST_SKIPPED, PIECE_SIZE, SAMPLE, Judge, look_closely
 from pdiffcopy.client.plan import Plan, Verification
 from pdiffcopy.digests import digest_blockwise
-from pdiffcopy.hashing import get_hasher
 from pdiffcopy.localreplica import LocalReplica
+from pdiffcopy.methods import get_hasher
 from tests.support import write_pattern
 
 BLOCK = 8 * PIECE_SIZE

@@ -361,6 +361,15 @@ def test_hashes_of_an_old_server_may_go_on_after_what_is_compared():
             digests_of(replica.hashes(5, "md5", 1, stop=10))
 
 
+def test_known_server_is_asked_for_hashes_only():
+    """How large the file is needn't be known to end a stream where what is compared ends."""
+    with canned(answer(body=check(b"0\taa\n", b"5\tbb\n"))) as (replica, requests):
+        replica.server.peer = PeerInfo(features=FEATURES - {FEATURE_ANSWER})
+        assert digests_of(replica.hashes(5, "md5", 1, stop=8)) == ["aa", "bb"]
+    (request,) = requests
+    assert b"&stop=8&" in request.splitlines()[0]
+
+
 def listed(*lines: bytes) -> bytes:
     """A list of a folder: its own line, and these behind it."""
     return check(b"folder\t0\t0\t\n", *lines)

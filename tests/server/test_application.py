@@ -121,6 +121,19 @@ def test_hashes_can_begin_later(ask, path):
     assert ask("GET", "hashes", offset=100 * BLOCK, **params).text == ""
 
 
+def test_hashes_can_end_sooner(ask, path):
+    """Also within a block. A file that has become shorter than that isn't told to be as long."""
+    params = {"filename": path, "block_size": BLOCK, "method": "sha1", "checks": "1"}
+    data, stop = path.read_bytes(), 2 * BLOCK + 17
+    lines = ask("GET", "hashes", offset=BLOCK, stop=stop, **params).text.splitlines()
+    found = [line.split("\t") for line in lines if "\t" in line]
+    parts = [(offset, data[offset : min(offset + BLOCK, stop)]) for offset in (BLOCK, 2 * BLOCK)]
+    assert found == [[str(offset), hashlib.sha1(part).hexdigest()] for offset, part in parts]
+    assert lines[-1] == "done"
+    lines = ask("GET", "hashes", offset=3 * BLOCK, stop=2**63 - 1, **params).text.splitlines()
+    assert "shorter" in json.loads(lines[-1])["detail"]
+
+
 @pytest.mark.parametrize(
     ("offset", "size"),
     [(0, 1), (0, BLOCK), (BLOCK, BLOCK), (17, 1000), (3 * BLOCK, BLOCK), (3 * BLOCK + 99, 1), (0, 10**9), (0, 0),
