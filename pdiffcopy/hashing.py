@@ -27,8 +27,8 @@ from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.methods import get_hasher
 
-STRIPE_SIZE = 16 * 1024 * 1024
-"""How many bytes a thread hashes in one go (at least one block)."""
+STRIPE_SIZE = 32 * 1024 * 1024
+"""How many bytes a thread hashes in one go at most (but at least one block)."""
 
 _Found = list[BlockDigest | Hole]
 """What is known of neighboring blocks."""
@@ -248,7 +248,7 @@ class _Stripes:
 
     def _count_blocks(self, share: int) -> int:
         """Small stripes come first: a reader waits for them, and a small file is to keep all threads busy."""
-        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 16, (self.position - self.begin) // max(share, 1)))
+        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 8, (self.position - self.begin) // max(share, 1)))
         return min(max(size // self.block_size, 1), STRIPE_BLOCKS)
 
     def cancel(self) -> None:

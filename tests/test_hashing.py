@@ -294,7 +294,7 @@ def test_stripes_grow(tmp_path):
     with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
         lengths = [len(stripe) for stripe in hashers.hash(file, 0, 100 * SMALL_STRIPE, 64, "sha1", 2)]
     most = SMALL_STRIPE // 64
-    assert lengths[0] == most // 16
+    assert lengths[0] == most // 8
     assert lengths[:-1] == sorted(lengths[:-1])
     assert lengths.count(most) > 90
 

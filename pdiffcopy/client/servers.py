@@ -105,6 +105,12 @@ class Servers:
         """
         return Servers(self.network, self.pace, self.drop, self, threads)
 
+    def sharing(self, threads: int) -> Servers:
+        """The same servers, and threads that hash all files of this machine (of each process that uses them)."""
+        servers = Servers(self.network, self.pace, self.drop, self.base, threads)
+        servers._servers = self._servers
+        return servers
+
     @contextmanager
     def used_by(self, threads: int) -> Iterator[None]:
         """Expect that so many threads use them. (It's a hint, and needs no lock.)"""

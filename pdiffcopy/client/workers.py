@@ -64,6 +64,8 @@ def share(
     :param is_alone: Whether there is one file only, so that a failure ends all.
     :returns: A generator of what became of each file.
     """
+    if not is_alone:
+        servers = servers.sharing(options.concurrency)
     with _starting(find, options, servers, reporter, is_alone) as (outcomes, orders):
         flight = Flight(iter(jobs), servers if is_alone else servers.combined(), orders, is_alone)
         for ended in flight.watch(outcomes):

@@ -67,6 +67,16 @@ def test_another_process_knows_what_we_were_told(server):
         copy.server.close()
 
 
+def test_many_files_are_hashed_by_the_same_threads():
+    """However many are compared at a time. Nothing else is different."""
+    with Servers(Network()) as servers:
+        server, sharing = servers.open(REMOTE).server, servers.sharing(2)
+        hashers = {sharing.open(Address(name)).hashers for name in ("/x", "/y")}
+        assert [both.threads for both in hashers] == [2]
+        assert sharing.open(REMOTE).server is server
+        assert servers.open(Address("/x")).hashers is None
+
+
 def test_token_is_not_in_the_representation_of_a_network():
     """So it doesn't end up in a log by accident."""
     assert "secret" not in repr(Network(token="secret"))
