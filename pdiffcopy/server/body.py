@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ from pdiffcopy.files.splice import Chunk
 from pdiffcopy.files.stored import Sendable
 from pdiffcopy.pace import UNLIMITED, Pace
 from pdiffcopy.server.accesslog import SENT
+
+WATCH_INTERVAL = 0.002
+"""How long somebody who has gone away is worked for, in seconds."""
 
 
 def read_body(environ: dict[str, Any], length: int, pace: Pace = UNLIMITED) -> Iterator[Chunk]:
@@ -70,11 +74,17 @@ def watch_client(environ: dict[str, Any]) -> Callable[[], bool]:
     Find out whether the client of a request still waits for the answer.
 
     :param environ: The WSGI environment of the request.
-    :returns: A function that takes a microsecond, in any thread. It says yes when it can't tell.
+    :returns: A function that any thread may call as often as it likes, since it looks once in :data:`WATCH_INTERVAL`
+              seconds. It says yes when it can't tell.
     """
     sock = environ.get("gunicorn.socket")
+    due = 0.0
 
     def is_awaited() -> bool:
+        nonlocal due
+        if time.monotonic() < due:
+            return True
+        due = time.monotonic() + WATCH_INTERVAL
         poll = select.poll()
         if isinstance(sock, socket.socket):
             poll.register(sock, select.POLLRDHUP)  # the end of a connection is told in any case (poll(2))
