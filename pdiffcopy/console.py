@@ -96,7 +96,7 @@ def heed_signals() -> None:
             signal.signal(number, _end)
     sys.unraisablehook = _hear_again
     # They were kept waiting until now, see __main__.py.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, signal.SIGALRM})
 
 
 def ignore_signals() -> None:

@@ -48,7 +48,7 @@ def compute_hashes(filename: str, block_size: int, method: str, concurrency: int
 
     :param filename: The name of the file (a string).
     :param block_size: The size of a block in bytes (an integer).
-    :param method: The name of the hash method, see :func:`get_hasher`.
+    :param method: The name of the hash method, see :func:`.get_hasher`.
     :param concurrency: How many threads hash at the same time (an integer).
     :returns: A generator of tuples with two values each: the byte offset of a block (an integer) and the hexadecimal
               digest of that block (a string). They come in the order of the file, as they become known.
@@ -247,7 +247,7 @@ class _Stripes:
         self.position += hole.size
 
     def _count_blocks(self, share: int) -> int:
-        """Small stripes come first: a reader waits for them, and a small file is to keep all threads busy."""
+        """Small stripes come first: a reader waits for them, and they keep several threads busy with a small file."""
         size = min(STRIPE_SIZE, max(STRIPE_SIZE // 8, (self.position - self.begin) // max(share, 1)))
         return min(max(size // self.block_size, 1), STRIPE_BLOCKS)
 

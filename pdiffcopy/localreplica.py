@@ -102,7 +102,7 @@ class LocalReplica(Replica):
     def holes(self, start: int, stop: int, grain: int) -> Iterator[Extent]:
         """See :meth:`Replica.holes`."""
         with self._open() as file:
-            yield from file.holes(start, min(stop, file.size()), grain)
+            yield from file.holes(start, stop, grain)
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """See :meth:`Replica.pieces`."""

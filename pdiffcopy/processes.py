@@ -34,8 +34,8 @@ from typing import Any
 from pdiffcopy.exceptions import WorkerError
 
 _thread = threading.local()
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-"""What ends a program from outside."""
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM}
+"""What ends a program from outside. (One that arrives again does so as an alarm, see :mod:`.console`.)"""
 
 _lifelines: dict[int, tuple[Connection, Connection]] = {}
 

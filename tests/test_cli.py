@@ -481,10 +481,14 @@ def test_signal_ends_a_run(busy, options, number, status, word):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("place", ["finalizer", "callback"])
 def test_signal_ends_a_run_wherever_it_arrives(place, number):
-    """Python ignores exceptions in finalizers and in callbacks of weak references, but the user meant it."""
+    """
+    Python ignores exceptions in finalizers and in callbacks of weak references, but the user meant it.
+
+    It arrives again, whatever the parent process did to alarms, but not while a child process is started.
+    """
     code = """
         import os, sys, time, weakref
-        from pdiffcopy import cli
+        from pdiffcopy import cli, processes
 
         def interrupt(_=None):
             os.kill(os.getpid(), int(sys.argv[2]))
@@ -498,13 +502,22 @@ def test_signal_ends_a_run_wherever_it_arrives(place, number):
             anything = Anything()
             reference = weakref.ref(anything, interrupt) if sys.argv[1] == "callback" else None
             del anything
-            time.sleep(60)
+            is_disturbed = True
+            try:
+                with processes.delay_signals():
+                    time.sleep(0.05)
+                    is_disturbed = False
+                time.sleep(60)
+            finally:
+                if is_disturbed:
+                    os._exit(1)
 
         cli._run = run
         cli.main()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), place, str(number.value)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT)
+    blocking = {"preexec_fn": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT, **blocking)
     assert_fails(result, 128 + number)
 
 

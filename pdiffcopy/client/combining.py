@@ -135,17 +135,19 @@ class CombiningServer:
     def _go(self) -> None:
         if self.has_company():
             time.sleep(COMPANY)
-        taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), AT_A_TIME))]
+        taken: list[tuple[Request, Future[tuple[int, bytes]]]] = []
         try:
+            while self._waiting and len(taken) < AT_A_TIME:
+                taken.append(self._waiting.popleft())
             answers = self._exchange([request for request, _ in taken])
+            for (_, future), answer in zip(taken, answers, strict=True):
+                future.set_result(answer)
         except BaseException as e:
             for _, future in taken:
-                future.set_exception(e)
+                if not future.done():
+                    future.set_exception(e)
             if not isinstance(e, Exception):  # a signal is for this thread, whose own request may still wait
                 raise
-            return
-        for (_, future), answer in zip(taken, answers, strict=True):
-            future.set_result(answer)
 
     def _exchange(self, requests: Sequence[Request]) -> list[tuple[int, bytes]]:
         with exchange_many(self.server, requests) as parts:

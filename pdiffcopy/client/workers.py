@@ -39,7 +39,7 @@ from pdiffcopy.client.small import SmallFiles
 from pdiffcopy.exceptions import ProgramError
 from pdiffcopy.mp import WorkerPool, make_queue
 
-COMPARED_AT_A_TIME = 2
+COMPARED_AT_A_TIME = 3
 """How many files are compared at the same time."""
 THREADS = 2
 """How many threads of a worker process do something: one goes on while the other one waits for a server."""

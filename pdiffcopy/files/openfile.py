@@ -156,10 +156,10 @@ class OpenFile:
         return Extent(extent.offset, max(0, min(extent.size, self.size() - extent.offset)))
 
     def holes(self, start: int, stop: int, grain: int = 1) -> Iterator[Extent]:
-        """Find the holes in a part of the file, see :func:`.find_holes`."""
+        """Find the holes in a part of the file, see :func:`.find_holes`. Behind its end there are none."""
         with translating("find the holes of", self.filename):
             if not self.is_device:
-                yield from find_holes(self.fd, start, stop, grain)
+                yield from find_holes(self.fd, start, min(stop, self.size()), grain)
 
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """Find what isn't in a hole, in a part of the file."""

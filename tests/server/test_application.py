@@ -130,8 +130,11 @@ def test_hashes_can_end_sooner(ask, path):
     parts = [(offset, data[offset : min(offset + BLOCK, stop)]) for offset in (BLOCK, 2 * BLOCK)]
     assert found == [[str(offset), hashlib.sha1(part).hexdigest()] for offset, part in parts]
     assert lines[-1] == "done"
-    lines = ask("GET", "hashes", offset=3 * BLOCK, stop=2**63 - 1, **params).text.splitlines()
-    assert "shorter" in json.loads(lines[-1])["detail"]
+    with path.open("r+b") as handle:
+        handle.truncate(99 * BLOCK)  # so that it ends in a hole
+    for grain in ("0", "512"):
+        lines = ask("GET", "hashes", offset=BLOCK, stop=2**63 - 1, grain=grain, **params).text.splitlines()
+        assert "shorter" in json.loads(lines[-1])["detail"]
 
 
 @pytest.mark.parametrize(
