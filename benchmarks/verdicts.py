@@ -114,12 +114,7 @@ def judge(results: Results, size: int, memory_size: int) -> list[Verdict]:
         ("compressed pages, whole and delta, room", "the source", 1.02, ratios.page_room),
         ("--atomic with clones, 10 % scattered MiBs", "in place", 1.15, ratios.atomic),
         (f"{many.SMALL_COUNT} files of 1 MiB, new", "rsync -r", 1.3, new),
-        (
-            f"{many.SMALL_COUNT} files of 1 MiB, equal",
-            "rsync -r -I",
-            1.5,
-            equal,
-        ),
+        (f"{many.SMALL_COUNT} files of 1 MiB, equal", "rsync -r -I", 1.5, equal),
         (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "rsync -r -I --no-whole-file", 0.35, changed),
         (f"{many.LARGE_COUNT} files of 64 MiB, 10 %", "one file of that size", 1.15, ratios.single_file),
         (f"{many.FAR_COUNT} files of 6 MiB, 10 %, 50 ms", "rsync -r -I --no-whole-file", 4.0, far),

@@ -37,6 +37,8 @@ class EndingSignal(KeyboardInterrupt):
 
 
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+_HEARD = (*_SIGNALS, signal.SIGALRM)
+"""What the program hears: an alarm is one of these that arrives again."""
 _is_ending = False
 _has_printed = False
 """Whether a JSON object was printed, which is the only one then."""
@@ -96,12 +98,12 @@ def heed_signals() -> None:
             signal.signal(number, _end)
     sys.unraisablehook = _hear_again
     # They were kept waiting until now, see __main__.py.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_SIGNALS, signal.SIGALRM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
 
 
 def ignore_signals() -> None:
     """Let no signal end the program any more."""
-    for number in (*_SIGNALS, signal.SIGALRM):
+    for number in _HEARD:
         signal.signal(number, signal.SIG_IGN)
 
 

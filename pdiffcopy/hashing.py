@@ -169,11 +169,11 @@ class Hashers:
 
 def _digest_pieces(file: OpenFile, extents: Sequence[Extent], size: int, new_hasher: Callable[..., Any]) -> list[str]:
     with file.reading(extents):
-        return [
-            new_hasher(chunk[cut : cut + size]).hexdigest()
-            for chunk in file.chunks(extents)
-            for cut in range(0, len(chunk), size)
-        ]
+        return [digest for chunk in file.chunks(extents) for digest in _digest_parts(chunk, size, new_hasher)]
+
+
+def _digest_parts(chunk: memoryview, size: int, new_hasher: Callable[..., Any]) -> list[str]:
+    return [new_hasher(chunk[cut : cut + size]).hexdigest() for cut in range(0, len(chunk), size)]
 
 
 class _Stripes:
@@ -278,28 +278,25 @@ def _hash_stripe(
     found: _Found = []
     with file.reading([Extent(start, stop - start)]):
         chunks = file.chunks(extents, holes=holes)
-        for extent in extents:
-            for offset, digest in _digest_blocks(chunks, extent, block_size, new_hasher):
-                if holes:
-                    block = Extent(offset, min(block_size, stop - offset))
-                    digest += _tell_layout(block, holes, block_size, grain)
-                found.append(BlockDigest(offset, digest))
+        digests = chain.from_iterable(_digest_blocks(chunks, extent.size, block_size, new_hasher) for extent in extents)
+        for offset, digest in zip(range(start, stop, block_size), digests, strict=True):
+            if holes:
+                block = Extent(offset, min(block_size, stop - offset))
+                digest += _tell_layout(block, holes, block_size, grain)
+            found.append(BlockDigest(offset, digest))
     return found
 
 
 def _digest_blocks(
-    chunks: Iterator[memoryview], extent: Extent, block_size: int, new_hasher: Callable[..., Any]
-) -> Iterator[tuple[int, str]]:
-    """Digest the blocks of an extent: one large block, or all that come in one chunk."""
-    if block_size > CHUNK_SIZE:
-        hasher = new_hasher()
-        for chunk in islice(chunks, -(-extent.size // CHUNK_SIZE)):
-            hasher.update(chunk)
-        yield extent.offset, hasher.hexdigest()
-        return
-    chunk = next(chunks)
-    for cut in range(0, extent.size, block_size):
-        yield extent.offset + cut, new_hasher(chunk[cut : cut + block_size]).hexdigest()
+    chunks: Iterator[memoryview], size: int, block_size: int, new_hasher: Callable[..., Any]
+) -> list[str]:
+    """Digest the blocks of the next extent (of this size): one large block, or all that come in one chunk."""
+    if block_size <= CHUNK_SIZE:
+        return _digest_parts(next(chunks), block_size, new_hasher)
+    hasher = new_hasher()
+    for chunk in islice(chunks, -(-size // CHUNK_SIZE)):
+        hasher.update(chunk)
+    return [hasher.hexdigest()]
 
 
 def _tell_layout(block: Extent, holes: Sequence[Extent], block_size: int, grain: int) -> str:

@@ -19,13 +19,7 @@ from pdiffcopy.digests import digest_layout
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.hashing import (
-    LEAST_BLOCKS,
-    Budget,
-    Hashers,
-    compute_hashes,
-    hash_worker,
-)
+from pdiffcopy.hashing import LEAST_BLOCKS, Budget, Hashers, compute_hashes, hash_worker
 from pdiffcopy.methods import get_hasher, get_methods
 from tests.support import wait_for, write_pattern
 

@@ -158,7 +158,7 @@ def test_data_directory_of_mysql(tmp_path, launch, type_in, snapshot, older_copy
     token = tmp_path / "token"
     token.write_text("secret")
     token.chmod(0o600)
-    data, secret = {"/var/lib/mysql": older_copy}, {"/root/.pdiffcopy-token": token}
+    data, secret = {"/var/lib/mysql": older_copy}, {"/etc/pdiffcopy/token": token}
 
     type_in(take(MYSQL, "rm -rf", {**data, "systemctl stop mysql": ""}))
     options = take(MYSQL, "ssh", {**data, **secret}).partition("--listen localhost:8080")[2]

@@ -38,6 +38,7 @@ from pdiffcopy.files.sockets import send_all, wait_for_room
 F = TypeVar("F", bound="OpenFile")
 
 _CHUNKS_AT_A_TIME = 4
+"""For how many chunks what needn't be done for each of them is done once."""
 
 
 class OpenFile:
@@ -202,7 +203,7 @@ class OpenFile:
         ahead, done = ReadAhead(self.fd, subtract(extents, holes) if holes else extents), 0
         step = min(step, CHUNK_SIZE)
         with borrow_buffer() as buffer:
-            # While one thread is here, the others can't be: what needn't be done for each chunk is done for a few.
+            # Between two chunks the other threads may wait for the interpreter lock, so little is done there.
             for start, size in cut(extents, _CHUNKS_AT_A_TIME * step):
                 if self.is_awaited and not self.is_awaited():
                     raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)

@@ -82,9 +82,10 @@ def watch_client(environ: dict[str, Any]) -> Callable[[], bool]:
 
     def is_awaited() -> bool:
         nonlocal due
-        if time.monotonic() < due:
+        now = time.monotonic()
+        if now < due:
             return True
-        due = time.monotonic() + WATCH_INTERVAL
+        due = now + WATCH_INTERVAL
         poll = select.poll()
         if isinstance(sock, socket.socket):
             poll.register(sock, select.POLLRDHUP)  # the end of a connection is told in any case (poll(2))
