@@ -139,10 +139,9 @@ class WorkerPool(PropertyManager):
             while results.poll():
                 yield self.output_queue.get()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether there is a result for which nobody has to wait."""
-        return bool(self.output_queue._reader.poll())
+    def is_ready(self, patience: float = 0) -> bool:
+        """Whether there is a result, or will be within a number of seconds."""
+        return bool(self.output_queue._reader.poll(patience))
 
     def __enter__(self) -> WorkerPool:
         """Start up the generator and worker processes."""
