@@ -248,7 +248,8 @@ class _Stripes:
 
     def _count_blocks(self, share: int) -> int:
         """Small stripes come first: a reader waits for them, and they keep several threads busy with a small file."""
-        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 8, (self.position - self.begin) // max(share, 1)))
+        divided = max(self.position - self.begin, min(self.stop - self.begin, 2 * STRIPE_SIZE))
+        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 8, divided // max(share, 1)))
         return min(max(size // self.block_size, 1), STRIPE_BLOCKS)
 
     def cancel(self) -> None:
