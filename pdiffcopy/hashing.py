@@ -129,6 +129,7 @@ class Hashers:
         self.threads = threads
         self.budget = budget or Budget()
         self.executor = ThreadPoolExecutor(threads, "hash") if threads else _Here()
+        self.streams: set[_Stripes] = set()
 
     def __enter__(self) -> Hashers:
         """Nothing to prepare."""
@@ -155,11 +156,13 @@ class Hashers:
             raise UsageError("A block has at least one byte, not {block_size}", block_size=block_size)
         stripes = _Stripes(self, file, start, stop, block_size, get_hasher(method), grain)
         most = 2 * min(concurrency or self.threads, self.threads) + 1
+        self.streams.add(stripes)
         try:
             while stripes.submit(most):
                 yield from _await(stripes.pending[0][0])
                 self.budget.give(stripes.pending.popleft()[1])
         finally:
+            self.streams.remove(stripes)
             stripes.cancel()
 
     def digest(self, file: OpenFile, extents: Sequence[Extent], size: int, method: str) -> list[str]:
@@ -247,9 +250,14 @@ class _Stripes:
         self.position += hole.size
 
     def _count_blocks(self, share: int) -> int:
-        """Small stripes come first: a reader waits for them, and they keep several threads busy with a small file."""
-        divided = max(self.position - self.begin, min(self.stop - self.begin, 2 * STRIPE_SIZE))
-        size = min(STRIPE_SIZE, max(STRIPE_SIZE // 8, divided // max(share, 1)))
+        """
+        Count the blocks of the next stripe.
+
+        Small stripes come first: a reader waits for them, and they keep several threads busy with a small file. Where
+        there are several files the threads are busy anyway, and handing over each stripe takes them some time.
+        """
+        least = STRIPE_SIZE // 8 if len(self.hashers.streams) == 1 else STRIPE_SIZE
+        size = min(STRIPE_SIZE, max(least, (self.position - self.begin) // max(share, 1)))
         return min(max(size // self.block_size, 1), STRIPE_BLOCKS)
 
     def cancel(self) -> None:

@@ -35,7 +35,7 @@ MOST_IN_FLIGHT, IN_FLIGHT_SIZE = 24, 1024**3
 FIRST_BEGUN = 2
 """How many of these begin at a time at first. It's twice as many each time."""
 COMPANY, PATIENCE = 4, 0.05
-"""How many files that are over go on together, and how long those before wait for each of the others, in seconds."""
+"""How many files that are over end together, and how long the first ones wait for each of the others, in seconds."""
 
 
 class Small(NamedTuple):
