@@ -57,6 +57,8 @@ class Address(NamedTuple):
 
 _SHORT_FORM = re.compile(r"(?P<host>\[[^/\[\]]*\]|[^/:\[\]]+):(?P<port>[^/:]*)(?P<filename>/.*)", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
+_HALF_SCHEME = re.compile(r"https?:/", re.IGNORECASE)
+_BRACKETS = "{value} isn't valid: write an IPv6 address in brackets, like [::1]:8080"
 _HOST = re.compile(r"[A-Za-z0-9._-]+|(?P<v6>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(%[A-Za-z0-9._-]+)?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
@@ -77,6 +79,8 @@ def parse_location(expression: str) -> Address:
             text = "{value}: there is no scheme {scheme}, use http or https (or ./{value} for a local file)"
             raise LocationError(text, value=expression, scheme=scheme[0])
         return _parse_url(expression)
+    if _HALF_SCHEME.match(expression):
+        raise LocationError("{value} isn't valid: a URL has two slashes behind the colon", value=expression)
     match = _SHORT_FORM.fullmatch(expression)
     if match and (match["port"] == "" or match["port"].isdecimal()):
         host, port = match["host"].strip("[]"), match["port"] or DEFAULT_PORT
@@ -84,8 +88,8 @@ def parse_location(expression: str) -> Address:
         return Address(filename, _check_host(host, expression), _check_port(port, expression))
     if ":" in expression.partition("/")[0]:
         raise LocationError(
-            "{value} could be a local file or a remote one: write host:/path or host:port/path (with the whole path) "
-            "for a file behind a server, ./{value} for a local file",
+            "{value} could be a local file or a remote one: write host:/path or host:port/path (with the whole path, "
+            "and an IPv6 address in brackets) for a file behind a server, ./{value} for a local file",
             value=expression,
         )
     return Address(expression)
@@ -96,6 +100,11 @@ def _parse_url(expression: str) -> Address:
         parts = urlsplit(expression.replace(" ", "%20"))
         host, port = parts.hostname or "", parts.port
     except ValueError as e:
+        place = expression.partition("//")[2].partition("/")[0]
+        if place.count(":") > 1 and "[" not in place:
+            raise LocationError(_BRACKETS, value=expression) from None
+        if not place.endswith("]"):
+            _check_port(place.rpartition(":")[2], expression)
         raise LocationError("{value} isn't a valid URL: {reason}", value=expression, reason=e) from None
     if any(character.isspace() for character in expression.replace(" ", "")):
         raise LocationError("{value} isn't a valid URL: write %0A for a newline, and so on", value=expression)
@@ -127,8 +136,10 @@ def _check_host(host: str, expression: str) -> str:
     except ValueError:
         pass
     if "@" in host:
-        text = "{value}: a location has no user, write {host}:/path (the server runs as the user that started it)"
-        raise LocationError(text, value=expression, host=host.rpartition("@")[2])
+        text = "{value}: a location has no user, write {rest} (the server runs as the user that started it)"
+        raise LocationError(text, value=expression, rest=expression[host.rindex("@") + 1 :])
+    if not host:
+        raise LocationError("{value} isn't valid: it names no host", value=expression)
     raise LocationError("{value} isn't a valid location: {host} can't be a host name", value=expression, host=host)
 
 
@@ -146,11 +157,13 @@ def parse_listen(expression: str) -> tuple[str, int]:
     """
     if expression.isdecimal():
         return "", _check_port(expression, expression)
+    if "/" in expression:
+        raise UsageError("{value} isn't valid: write HOST:PORT, without a scheme or a path", value=expression)
     host, separator, port = expression.rpartition(":")
     if not separator or expression.endswith("]"):
         host, port = expression, str(DEFAULT_PORT)
     elif ":" in host and not host.startswith("["):
-        raise UsageError("{value} isn't valid: write an IPv6 address in brackets, like [::1]:8080", value=expression)
+        raise UsageError(_BRACKETS, value=expression)
     if host or not separator:
         host = _check_host(host[1:].removesuffix("]") if host.startswith("[") else host, expression)
     return host, _check_port(port, expression)

@@ -108,7 +108,7 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
     if not isinstance(server, dict):
         if not exists:
             return FileInfo(False), PeerInfo()
-        raise ProtocolError("The server's answer is not that of a pdiffcopy server")
+        raise ProtocolError("the server's answer is not that of a pdiffcopy server")
     room = server.get("room")
     peer = PeerInfo(
         version=str(server.get("version", "1.0"))[:40],

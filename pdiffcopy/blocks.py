@@ -41,8 +41,6 @@ HOLES, ZEROS = "holes", "zeros"
 """How a part of a file can be nothing: with no room on the disk, and with some."""
 MAX_OFFSET = 2**63 - 1
 """The largest offset that Linux knows (``off_t``)."""
-MAX_TIME = 2**63 * 10**9
-"""The largest distance from 1970 that it knows, in nanoseconds (``time_t`` counts seconds), forwards or backwards."""
 MAX_MODE = 0o777
 """The permission bits of a file, without those that change the identity of a process (set-id)."""
 DEFAULT_MODE, FOLDER_MODE = 0o666, 0o777

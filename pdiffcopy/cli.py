@@ -183,7 +183,7 @@ import logging
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from humanfriendly.terminal import usage
@@ -266,13 +266,13 @@ def run_client(**options: Any) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with _starting():
         client = _make_client(**options)
-    addresses = [location.address for location in (*client.sources, client.target)]
-    warn_of_eavesdroppers(addresses, client.network.token)
+    warn_of_eavesdroppers([location.address for location in (*client.sources, client.target)], client.network.token)
     if client.is_about_many:
         _run_files(client, as_json)
         return
     if client.benchmark:
-        outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # for its question and its table
+            outcome = {"measurements": [vars(measurement) for measurement in client.run_benchmark()]}
     else:
         outcome = client.run().as_dict()
     if as_json:

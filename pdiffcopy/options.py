@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import coloredlogs
-from humanfriendly import InvalidSize, parse_size
+from humanfriendly import parse_size
 
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.pace import LEAST_RATE
@@ -25,13 +25,18 @@ def _parse_text(option: str, value: str) -> str:
     return value
 
 
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? *([kmgtpezy]i?b?|b|bytes?)?", re.ASCII | re.IGNORECASE)
+
+
 def _parse_size(option: str, value: str) -> int:
     try:
-        return int(parse_size(value))
-    except (InvalidSize, ValueError, OverflowError):  # the latter two for a number without end
-        raise UsageError(
-            "{option} needs a size like 65536, 64KiB or 4MiB, not {value}", option=option, value=repr(value)
-        ) from None
+        # humanfriendly looks at nothing but the first letter of a unit, so a Mbit would be a megabyte.
+        if _SIZE.fullmatch(value):
+            return int(parse_size(value))
+    except (ValueError, OverflowError):  # for a number without end
+        pass
+    text = "{option} needs a size in bytes like 65536, 64KiB or 4MiB, not {value}"
+    raise UsageError(text, option=option, value=repr(value))
 
 
 def _parse_rate(option: str, value: str) -> int:
@@ -44,7 +49,8 @@ def _parse_rate(option: str, value: str) -> int:
 
 def _parse_number(option: str, value: str) -> int:
     if not (value.isascii() and value.isdecimal() and len(value) < 20):
-        raise UsageError("{option} needs a number, not {value}", option=option, value=repr(value))
+        text = "{option} needs a whole number without a sign, not {value}"
+        raise UsageError(text, option=option, value=repr(value))
     return int(value)
 
 
@@ -61,7 +67,7 @@ def _parse_seconds(option: str, value: str) -> float:
     except ValueError:
         seconds = 0
     if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise UsageError("{option} needs a number of seconds, not {value}", option=option, value=repr(value))
+        raise UsageError("{option} needs a number of seconds above 0, not {value}", option=option, value=repr(value))
     return seconds
 
 

@@ -94,7 +94,7 @@ def check_certificate(certfile: str, keyfile: str) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
         except (OSError, ValueError) as e:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else e
-            text = "Can't use the certificate {certfile} with the key {keyfile}: {reason}"
+            text = "Can't use the certificate {certfile} with the key {keyfile}: {reason} (is each a PEM file?)"
             raise UsageError(text, certfile=certfile, keyfile=keyfile, reason=reason) from e
 
 

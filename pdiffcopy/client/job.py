@@ -80,7 +80,7 @@ class Job:
         self.started = time.monotonic()
         for address in (self.source_address, self.target_address):
             if address.filename.endswith("/"):
-                raise UsageError("{label} names a folder: add the name of the file", label=str(address))
+                raise UsageError("{label} names a folder: add the name of the file, or -r", label=str(address))
         self.source, self.target = self._inspect()
         source, target = self.source, self.target
         if not source.info.exists:

@@ -14,6 +14,7 @@ from pdiffcopy.exceptions import ProgramError
 
 VERBOSE = logging.INFO - 1
 """The level of messages that only some users want."""
+logging.addLevelName(VERBOSE, "DETAIL")
 
 logger = logging.getLogger(__name__)
 

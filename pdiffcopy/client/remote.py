@@ -107,6 +107,8 @@ class RemoteReplica(Replica):
             if better := self.server.find_remedy(self.filename):
                 raise better from e
             raise
+        except ProtocolError as e:
+            raise ProtocolError("{url}: {reason}", url=self.label, reason=e) from e
         self._size = info.size
         return info, self.server.peer
 

@@ -57,8 +57,9 @@ class Run:
     def _do_here(self, job: Job, reporter: Reporter) -> Report:
         """Do all of it in this process."""
         if self.options.dry_run:
-            return job.scan(self._find, reporter)
-        report = job.carry_out(self._find, reporter, Judge())
+            report = job.scan(self._find, reporter)
+        else:
+            report = job.carry_out(self._find, reporter, Judge())
         reporter.end_file()
         return report
 

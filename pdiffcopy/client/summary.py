@@ -57,6 +57,7 @@ class Summary:
     totals: Counter[str] = field(default_factory=Counter)
     exit_codes: set[int] = field(default_factory=set)
     reservations: Counter[str] = field(default_factory=Counter)
+    is_dry: bool = False
     started: float = field(default_factory=time.monotonic)
 
     def add(self, file: FileReport) -> None:
@@ -65,6 +66,7 @@ class Summary:
         if file.report:
             self.totals.update({name: getattr(file.report.result, name) for name in TOTALS})
             self.reservations.update(file.report.reservations)
+            self.is_dry |= file.report.dry_run
         elif file.error:
             self.exit_codes.add(file.error.exit_code)
 
@@ -96,7 +98,9 @@ class Summary:
         parts = [f"{self.outcomes[outcome]} {outcome}" for outcome in OUTCOMES if self.outcomes[outcome]]
         parts += [f"{self.skipped.total()} skipped"] if self.skipped.total() else []
         text = f"{pluralize(self.outcomes.total(), 'file')}: {', '.join(parts) or 'nothing to do'}"
-        text += f". Moved {format_size(self.totals['bytes_moved'], binary=True)} in {format_timespan(self.elapsed)}."
+        moved = format_size(self.totals["bytes_moved"], binary=True)
+        done = "This was a dry run, it took" if self.is_dry else f"Moved {moved} in"
+        text += f". {done} {format_timespan(self.elapsed)}."
         if self.totals["retries"]:
             text += f" {pluralize(self.totals['retries'], 'retry', 'retries')}."
         for sentence, count in self.reservations.items():

@@ -7,15 +7,18 @@ token that ``$PDIFFCOPY_TOKEN`` holds, if it's set.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 from flask import Flask
 
 from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy.address import parse_listen
+from pdiffcopy.exceptions import UsageError
 from pdiffcopy.security import check_certificate, load_token, warn_of_strangers
 from pdiffcopy.server.admission import Gate
 from pdiffcopy.server.application import Settings, create_app
+from pdiffcopy.words import MAX_CONCURRENCY
 
 __all__ = ["Settings", "app", "create_app", "start_server"]
 
@@ -51,16 +54,19 @@ def start_server(
     :param certfile: The certificate to serve https with.
     :param keyfile: The key of that certificate.
     :param access_log: Where to log requests, see :func:`.open_access_log` (by default they aren't).
+    :raises: :exc:`.UsageError` when an argument can't be meant.
     """
     from pdiffcopy.server.accesslog import open_access_log
     from pdiffcopy.server.daemon import Daemon
 
+    if not 0 < concurrency <= MAX_CONCURRENCY:
+        raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
     host, port = parse_listen(address or str(DEFAULT_PORT))
     check_certificate(certfile, keyfile)
     settings = settings or Settings(token=load_token())
     if access_log:
         open_access_log(access_log)
-    warn_of_strangers(host, settings.token, settings.root, settings.read_only)
+    warn_of_strangers(host, settings.token, settings.root and os.path.abspath(settings.root), settings.read_only)
     gate = Gate(settings.token, (*settings.allow_hosts, host))
     application = create_app(settings, gate)
     Daemon(application, (host, port), concurrency, certfile, keyfile, settings.bwlimit, gate).run()
