@@ -394,6 +394,7 @@ def test_dry_run_of_a_folder_touches_nothing(tmp_path, place, tree):
     target = make_tree(tmp_path / "target", a=1, db__b=7)
     before = read_tree(target)
     report = run("-n", "-r", *place(tree, target))
+    assert "1 equal, 1 updated, 3 created. This was a dry run" in run_pdiffcopy("-nr", *place(tree, target)).stderr
     assert read_tree(target) == before
     assert (report["equal"], report["updated"], report["created"]) == (1, 1, 3)
 
@@ -504,9 +505,10 @@ def test_progress_as_json(tmp_path, place):
 def test_progress_of_one_file_as_json(tmp_path, place):
     """It has the same members."""
     write_pattern(tmp_path / "a", SIZE)
-    result = run_pdiffcopy("-q", "--progress=json", *place(tmp_path / "a", tmp_path / "b"))
-    last = json.loads(result.stderr.splitlines()[-1])
-    assert (last["bytes"], last["files_total"]) == (SIZE, 1)
+    for options in (["-n"], []):
+        result = run_pdiffcopy("-q", "--progress=json", *options, *place(tmp_path / "a", tmp_path / "b"))
+        last = json.loads(result.stderr.splitlines()[-1])
+        assert (last["bytes"], last["files"], last["files_total"]) == (SIZE, 1, 1)
     (line,) = error_lines(run_pdiffcopy("--progress=no", tmp_path / "a", tmp_path / "b"))
     assert "--progress takes json" in line
 

@@ -175,7 +175,8 @@ def test_benchmark_as_json(files):
     """The numbers of the table for a program, as the only thing on stdout."""
     result = run_pdiffcopy("--benchmark=2", "--json", "-b", str(BLOCK), *files, env=ALLOWED)
     assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout.splitlines()[-1])
+    document = json.loads(result.stdout)
+    assert "Delta size" in result.stderr
     assert [m["percentage"] for m in document["measurements"]] == [50, 100]
     assert set(document["measurements"][0]) == {"percentage", "changed", "moved", "runtime", "rsync_runtime"}
 
