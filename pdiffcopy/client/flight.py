@@ -2,18 +2,19 @@
 Which files of a run are on their way?
 
 This is what the client process does while others compare and move (:mod:`.workers`): it begins files, adds up what
-becomes of them, and ends them. Both take some requests each, so some files begin and end side by side, and what they
-ask a server goes there together (:mod:`.combining`): a round trip is paid for many files at once.
+becomes of them, and ends them. Both take some requests each, so all that can begin (or end) at a time do so side by
+side, and what they ask a server goes there together (:mod:`.combining`): a round trip is paid for many files at once.
 
 Small files are different: a worker process does all that there is to do for some of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.job import Ended, Job, attempt_all
@@ -34,8 +35,8 @@ MOST_IN_FLIGHT, IN_FLIGHT_SIZE = 24, 1024**3
 """... and how many if they don't have more bytes than that together."""
 FIRST_BEGUN = 2
 """How many of these begin at a time at first. It's twice as many each time."""
-COMPANY, PATIENCE = 4, 0.05
-"""How many files that are over end together, and how long the first ones wait for each of the others, in seconds."""
+COMPANY, PATIENCE = 4, 0.1
+"""How many files that are over end together, and how long the first of them waits for the others, in seconds."""
 
 
 class Small(NamedTuple):
@@ -78,19 +79,20 @@ class Flight:
         self.next: Job | None = next(jobs, None)
         self.running: dict[int, _Progress] = {}
         self.over: list[_Progress] = []
+        self.first_over = 0.0
         self.count, self.most_begun = 0, FIRST_BEGUN
         self.group: list[Small] = []
         self.has_said_all = False
 
     def watch(self, outcomes: Outcomes) -> Iterator[Ended]:
         """Begin one after the other, and yield what becomes of them."""
-        yield from self._go_on()
+        yield from self._begin()
         for found in outcomes:
             for number, outcome in found:
                 self._note(number, outcome)
-            has_few = self.running and 0 < len(self.over) < COMPANY
-            if not outcomes.is_ready(PATIENCE if has_few else 0):
-                yield from self._go_on()
+            if not outcomes.is_ready(self._get_patience()):
+                yield from self._end()
+                yield from self._begin()
 
     def _note(self, number: int, outcome: Result | Report | ProgramError | int) -> None:
         progress = self.running[number]
@@ -98,19 +100,25 @@ class Flight:
         if progress.error and progress.expected is None:
             self.orders.send(number)
         if progress.is_over:
+            self.first_over = self.first_over if self.over else time.monotonic()
             self.over.append(self.running.pop(number))
 
-    def _go_on(self) -> Iterator[Ended]:
-        """End what is over, and begin what there is room for, side by side."""
-        while (jobs := self._choose()) or self.over:
-            over, self.over = self.over, []
-            actions: list[tuple[Job, Callable[[], Any]]] = [
-                *((done.job, partial(done.job.end, done.result)) for done in over if not done.outcome),
-                *((job, job.begin) for job in jobs),
-            ]
-            outcomes = iter(attempt_all(actions, self.is_alone))
-            yield from [(done.job, done.outcome or next(outcomes)) for done in over]
-            for job, plan in zip(jobs, outcomes, strict=True):
+    def _get_patience(self) -> float:
+        """How long files that are over wait for others. (What the batches of those bring doesn't make it longer.)"""
+        has_few = self.running and 0 < len(self.over) < COMPANY
+        return max(0, self.first_over + PATIENCE - time.monotonic()) if has_few else 0
+
+    def _end(self) -> Iterator[Ended]:
+        over, self.over = self.over, []
+        actions = [(done.job, partial(done.job.end, done.result)) for done in over if not done.outcome]
+        ended = iter(attempt_all(actions, self.is_alone))
+        for done in over:
+            yield done.job, done.outcome or next(ended)
+
+    def _begin(self) -> Iterator[Ended]:
+        while jobs := self._choose():
+            plans = attempt_all([(job, job.begin) for job in jobs], self.is_alone)
+            for job, plan in zip(jobs, plans, strict=True):
                 if isinstance(plan, ProgramError):
                     yield job, plan
                 else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from itertools import count
 from multiprocessing import Pipe
 
@@ -93,6 +94,37 @@ def test_large_files_begin_and_end():
         [("begin", number) for number in range(40)] + [("end", number) for number in range(40) if number != 3]
     )
     assert IN_FLIGHT < outcomes.most <= MOST_IN_FLIGHT
+
+
+def test_file_that_is_over_waits_for_others_but_not_for_long():
+    """Whatever else comes in meanwhile: its source is looked at once more then, and not at the end of the run."""
+    log = []
+    receiver, sender = Pipe(duplex=False)
+
+    class Slow:
+        """The first file goes on and on, the others are over at once."""
+
+        def is_ready(self, patience=0):
+            time.sleep(min(patience, 0.01))
+            return patience > 0.01
+
+        def __iter__(self):
+            numbers = [receiver.recv()[0] for _ in range(3)]
+            yield [(number, 0) for number in numbers[1:2]]
+            yield [(number, 0) for number in numbers[2:]]
+            for _ in range(300):
+                log.append(("batch", 0))
+                yield [(numbers[0], Result(bytes_moved=7))]
+            yield [(numbers[0], 300)]
+
+    jobs = (Recorded(log, number, LARGE) for number in (0, 1, 2))
+    with receiver, sender:
+        list(Flight(jobs, Servers(Network()), sender, is_alone=False).watch(Slow()))
+    ends = [what for what in log if what[0] == "end"]
+    assert ends[-1] == ("end", 0) and sorted(ends) == [("end", 0), ("end", 1), ("end", 2)]
+    assert log.index(("end", 2)) < 150
+    # They went together.
+    assert log.index(("end", 2)) - log.index(("end", 1)) in (-1, 1)
 
 
 def test_few_files_fly_that_are_very_large():
