@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from pdiffcopy.blocks import MAX_OFFSET, MAX_TIME, Extent, total_size
 from pdiffcopy.digests import compute_digest
-from pdiffcopy.exceptions import DamagedError, RequestError, TooLargeError
+from pdiffcopy.exceptions import DamagedError, RequestError, TooLargeError, UsageError
 
 DIGEST_HEADER = "Pdiffcopy-Digest"
 REQUEST_HEADER = "Pdiffcopy-Request"
@@ -34,6 +34,13 @@ MAX_PACKED = 1024
 """How many do in their packed form (each takes three or four characters)."""
 MAX_CONCURRENCY = 1024
 _MAX_PARAMETERS = 32
+
+
+def check_concurrency(count: int) -> None:
+    """Refuse a number of processes or threads that can't be meant."""
+    if not 0 < count <= MAX_CONCURRENCY:
+        raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
+
 
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
 

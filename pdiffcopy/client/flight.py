@@ -79,7 +79,6 @@ class Flight:
         self.next: Job | None = next(jobs, None)
         self.running: dict[int, _Progress] = {}
         self.over: list[_Progress] = []
-        self.first_over = 0.0
         self.count, self.most_begun = 0, FIRST_BEGUN
         self.group: list[Small] = []
         self.has_said_all = False
@@ -100,13 +99,12 @@ class Flight:
         if progress.error and progress.expected is None:
             self.orders.send(number)
         if progress.is_over:
-            self.first_over = self.first_over if self.over else time.monotonic()
             self.over.append(self.running.pop(number))
 
     def _get_patience(self) -> float:
         """How long files that are over wait for others. (What the batches of those bring doesn't make it longer.)"""
         has_few = self.running and 0 < len(self.over) < COMPANY
-        return max(0, self.first_over + PATIENCE - time.monotonic()) if has_few else 0
+        return max(0, self.over[0].noted + PATIENCE - time.monotonic()) if has_few else 0
 
     def _end(self) -> Iterator[Ended]:
         over, self.over = self.over, []
@@ -183,12 +181,14 @@ class _Progress:
         self.job = job
         self.result = Result()
         self.seen = 0
+        self.noted = 0.0
         self.expected = expected
         self.error: ProgramError | None = None
         self.report: Report | None = None
 
     def note(self, outcome: Result | Report | ProgramError | int) -> None:
         """Take note of what became of a batch or of a small file, or of how many there were."""
+        self.noted = time.monotonic()
         if isinstance(outcome, int):
             self.expected = outcome
             return

@@ -12,7 +12,7 @@ from pdiffcopy.client.delta import Batch, Sparse
 from pdiffcopy.exceptions import UsageError
 from pdiffcopy.methods import find_method
 from pdiffcopy.pace import SLOW_RATE
-from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_CONCURRENCY, MAX_EXTENTS
+from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_EXTENTS, check_concurrency
 
 AUTO, FAST, COMMON = "auto", "blake3", "sha1"
 """The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
@@ -72,8 +72,7 @@ class Options(NamedTuple):
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
         if not 0 < self.block_size <= MAX_BLOCK_SIZE:
             raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
-        if not 0 < self.concurrency <= MAX_CONCURRENCY:
-            raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
+        check_concurrency(self.concurrency)
         if self.sparse not in SPARSE_CHOICES:
             choices = ", ".join(SPARSE_CHOICES)
             raise UsageError("--sparse takes {choices}, not {value}", choices=choices, value=repr(self.sparse))

@@ -14,11 +14,10 @@ from flask import Flask
 
 from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy.address import parse_listen
-from pdiffcopy.exceptions import UsageError
 from pdiffcopy.security import check_certificate, load_token, warn_of_strangers
 from pdiffcopy.server.admission import Gate
 from pdiffcopy.server.application import Settings, create_app
-from pdiffcopy.words import MAX_CONCURRENCY
+from pdiffcopy.words import check_concurrency
 
 __all__ = ["Settings", "app", "create_app", "start_server"]
 
@@ -59,8 +58,7 @@ def start_server(
     from pdiffcopy.server.accesslog import open_access_log
     from pdiffcopy.server.daemon import Daemon
 
-    if not 0 < concurrency <= MAX_CONCURRENCY:
-        raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
+    check_concurrency(concurrency)
     host, port = parse_listen(address or str(DEFAULT_PORT))
     check_certificate(certfile, keyfile)
     settings = settings or Settings(token=load_token())
