@@ -92,7 +92,7 @@ def test_sender_is_ahead_of_itself(file):
 
 
 def test_what_is_cached_is_not_asked_for(file, monkeypatch):
-    """It would take the kernel longer to find that out than to read it."""
+    """It would take the kernel longer to find that out than to read it. (A look has it read a little, too.)"""
     wait_for_cached_by_reading(file)
     asked = []
     monkeypatch.setattr(readahead.os, "posix_fadvise", lambda *args: asked.append(args))
@@ -102,7 +102,7 @@ def test_what_is_cached_is_not_asked_for(file, monkeypatch):
     drop_cache(file)
     monkeypatch.setattr(readahead.os, "posix_fadvise", lambda *args: asked.append(args))
     ReadAhead(file.fd, [Extent(0, SIZE)]).advance(SIZE)
-    assert sum(size for _, _, size, _ in asked) == SIZE
+    assert SIZE - MEBIBYTE <= sum(size for _, _, size, _ in asked) <= SIZE
 
 
 def wait_for_cached_by_reading(file: LocalFile) -> None:
