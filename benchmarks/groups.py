@@ -115,8 +115,8 @@ class Suite:
         jobs += self._jobs("delta", XXH128, percent=0)
         for layout, percent in ((SCATTERED, 0), (SCATTERED, 10), (SCATTERED, 100), (PAGES, 10), (MISSING, 100)):
             jobs += self._jobs("delta", DEFAULT, layout=layout, percent=percent, direction=UPLOAD)
-        for percent in PERCENTAGES:
-            jobs += self._jobs("delta", LIMIT, percent=percent, rounds=min(2, self.bench.runs))
+        for layout, percent in (*((SCATTERED, percent) for percent in PERCENTAGES), (PAGES, 10), (MISSING, 100)):
+            jobs += self._jobs("delta", LIMIT, layout=layout, percent=percent, rounds=min(2, self.bench.runs))
         self.bench.run(jobs)
 
     def cubic(self) -> None:
@@ -164,7 +164,7 @@ class Suite:
     def cold(self) -> None:
         """Files of which nothing is in the page cache, on the disk and on storage that takes its time."""
         jobs = []
-        for contender in (DEFAULT, DROP, RSYNC_DELTA):
+        for contender in (DEFAULT, DROP, RSYNC_DELTA, READERS):
             jobs += self._jobs("cold", contender, percent=0, link=COLD_DISK)
         self.bench.run(jobs)
         with SlowStorage(self.bench.folder, READ_DELAY) as storage:

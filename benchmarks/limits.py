@@ -5,10 +5,11 @@ Usage: ``python -m benchmarks.limits SOURCE TARGET`` with the plan as one JSON o
 hash method, or empty to hash nothing), ``extents`` (what to move, a list of ``[offset, size]``) and ``verify`` (a hash
 method for what was moved, or empty). One after the other, each on all cores:
 
-1. both files are read and hashed in blocks of 1 MiB (the digests aren't compared with anything),
+1. both files are read and hashed in blocks of 1 MiB (the digests aren't compared with anything), unless the target is
+   missing,
 2. the extents are moved by ``sendfile``, ``recv_into`` and ``pwrite`` over as many connections on loopback as there
    are cores (unpaced ones, whatever the congestion control of the system is),
-3. the extents are read from the target and hashed once more.
+3. the extents are read from the target and hashed once more (and from the source, if nothing was hashed before).
 
 How long each step took is printed as JSON. Whoever measures the whole process can so subtract what isn't part of
 the limit in question. There is no protocol, no comparison and no error handling here: this isn't a program to use.
@@ -39,14 +40,15 @@ def main() -> None:
     """Do the work that standard input asks for."""
     source, target = (os.open(name, os.O_RDWR | os.O_CREAT) for name in sys.argv[1:])
     plan = json.load(sys.stdin)
-    size, extents = os.fstat(source).st_size, plan["extents"]
-    if os.fstat(target).st_size != size:
-        os.ftruncate(target, size)
-    whole = list(_cut([(0, size)]))
+    size, moved = os.fstat(source).st_size, list(_cut(plan["extents"]))
+    is_new = not os.fstat(target).st_size
+    os.ftruncate(target, size)
+    compared = [] if is_new else [(fd, *piece) for fd in (source, target) for piece in _cut([(0, size)])]
+    verified = [(fd, *piece) for fd in ((source, target) if is_new else (target,)) for piece in moved]
     times = {
-        "hash": _measure(lambda: _hash([(fd, *piece) for fd in (source, target) for piece in whole], plan["hash"])),
-        "move": _measure(lambda: _move(source, target, list(_cut(extents)))),
-        "verify": _measure(lambda: _hash([(target, *piece) for piece in _cut(extents)], plan["verify"])),
+        "hash": _measure(lambda: _hash(compared, plan["hash"])),
+        "move": _measure(lambda: _move(source, target, moved)),
+        "verify": _measure(lambda: _hash(verified, plan["verify"])),
     }
     print(json.dumps(times))
 
