@@ -34,6 +34,8 @@ class Kind(Enum):
     """A block device or a character device."""
     OTHER = "other"
     """What can be neither read nor entered: above all what the kernel makes up."""
+    UNREADABLE = "unreadable"
+    """What may not be looked at: a folder that may not be read, or anything in one that may not be entered."""
     MISSING = "missing"
     """Nothing. Only a listing as a whole can be about that."""
 

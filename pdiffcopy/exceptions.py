@@ -124,6 +124,10 @@ class ForbiddenError(ProgramError):
     http_status = 403
 
 
+class ReadOnlyError(ForbiddenError):
+    """Raised when a server lets nobody write."""
+
+
 class DigestMismatchError(ProgramError):
     """Raised when what lies in the target isn't what the sender says it sent. Trying again may help."""
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ import pytest
 
 STARTUP_TIMEOUT = 20
 RUN_TIMEOUT = 120
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all") if os.geteuid() == 0 else ()
+"""What a command line begins with if the modes of files are to hold for root, too."""
 MANY_BLOCKS = ("-b", "4096")
 """The option with which a file of a MiB has so many blocks that a run starts processes."""
 STALL = 1
@@ -85,6 +87,7 @@ def start_server(
     env: dict | None = None,
     scheme: str = "http",
     setup: str = "",
+    prefix: Sequence[str] = (),
     **keywords,
 ) -> Server:
     """
@@ -95,12 +98,13 @@ def start_server(
     :param port: The port to listen on (by default a free one).
     :param host: The address of loopback to listen on: with several of them there are several machines.
     :param setup: A statement to execute before the program begins, to change one of its constants.
+    :param prefix: What its command line begins with.
     :param keywords: More arguments for :class:`subprocess.Popen`.
     """
     port = port or find_free_port()
     log = folder / f"server-{port}.log"
     program = ["-c", f"{setup}; from pdiffcopy.cli import main; main()"] if setup else ["-m", "pdiffcopy"]
-    command = [sys.executable, *program, "--listen", f"{host}:{port}", *options]
+    command = [*prefix, sys.executable, *program, "--listen", f"{host}:{port}", *options]
     with log.open("ab") as handle:
         process = subprocess.Popen(command, stdout=handle, stderr=handle, env={**os.environ, **(env or {})}, **keywords)
     server = Server(process, port, log, scheme)
@@ -127,9 +131,11 @@ def start_server_of_boot(folder: Path, boot: str, port: int) -> Server:
     return Server(process, port, log)
 
 
-def run_pdiffcopy(*arguments: os.PathLike | str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+def run_pdiffcopy(
+    *arguments: os.PathLike | str, env: dict | None = None, prefix: Sequence[str] = (), **options
+) -> subprocess.CompletedProcess:  # fmt: skip
     """Run ``pdiffcopy`` in a process of its own. The result has ``returncode``, ``stdout`` and ``stderr`` (text)."""
-    command = [sys.executable, "-m", "pdiffcopy", *map(os.fspath, arguments)]
+    command = [*prefix, sys.executable, "-m", "pdiffcopy", *map(os.fspath, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=RUN_TIMEOUT, env={**os.environ, **(env or {})}, **options
     )

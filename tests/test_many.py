@@ -8,6 +8,7 @@ import re
 import socket
 import stat
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pdiffcopy.client import Client
 from pdiffcopy.client.summary import FileReport, Summary
 from pdiffcopy.exceptions import FileForbiddenError, FilesFailedError, ProgramError, SourceChangedError, UsageError
 from tests.relay import RelayProcess
-from tests.support import error_lines, find_free_port, make_data, run_pdiffcopy, write_pattern
+from tests.support import UNPRIVILEGED, error_lines, find_free_port, make_data, run_pdiffcopy, write_pattern
 
 DIRECTIONS = ("local", "upload", "download")
 SIZE = 100_000
@@ -31,14 +32,15 @@ def direction(request):
 @pytest.fixture
 def place(server, direction):
     """A function that makes locations of sources and a target (which may end in a slash)."""
+    return partial(locate, server, direction)
 
-    def place(*paths: Path | str) -> list[str]:
-        *sources, target = map(str, paths)
-        if direction == "download":
-            sources = [f"127.0.0.1:{server.port}{source}" for source in sources]
-        return [*sources, f"127.0.0.1:{server.port}{target}" if direction == "upload" else target]
 
-    return place
+def locate(server, direction: str, *paths: Path | str) -> list[str]:
+    """Make locations of sources and a target."""
+    *sources, target = map(str, paths)
+    if direction == "download":
+        sources = [f"127.0.0.1:{server.port}{source}" for source in sources]
+    return [*sources, f"127.0.0.1:{server.port}{target}" if direction == "upload" else target]
 
 
 def make_tree(folder: Path, **files: int) -> Path:
@@ -463,7 +465,7 @@ def test_links_that_appear_meanwhile_are_not_followed(tmp_path, monkeypatch, tre
     make_folders = many.make_folders
 
     def exchange(selection, servers):
-        make_folders(selection, servers)
+        yield from make_folders(selection, servers)
         os.rename(target / "db", tmp_path / "moved")
         (target / "db").symlink_to("../outside")
 
@@ -473,6 +475,49 @@ def test_links_that_appear_meanwhile_are_not_followed(tmp_path, monkeypatch, tre
     assert files["db/b"].error and files["db/sub/c"].error
     assert files["a"].report
     assert os.listdir(tmp_path / "outside") == []
+
+
+def test_folder_of_the_source_that_may_not_be_read_is_a_failure(launch, tmp_path, direction):
+    """Like lost+found where a file system begins. The rest goes on, and who doesn't want it leaves it out."""
+    source, target = make_tree(tmp_path / "source", a=1, closed__b=2, db__c=3), tmp_path / "target"
+    locations = locate(launch(prefix=UNPRIVILEGED), direction, source, target)
+    (source / "closed").chmod(0)
+    result = run_pdiffcopy("--json", "-r", *locations, prefix=UNPRIVILEGED)
+    report = json.loads(result.stdout)
+    (error,) = [file["error"] for file in report["files"] if "error" in file]
+    assert error.endswith(f"{locations[0]}/closed: Permission denied (--exclude leaves it out)")
+    assert (result.returncode, report["created"], report["failed"]) == (1, 2, 1)
+    assert sorted(read_tree(target)) == ["a", "db", "db/c"]
+    result = run_pdiffcopy("-r", "--exclude=closed", *locations, prefix=UNPRIVILEGED)
+    assert result.returncode == 0 and "2 files: 2 equal." in result.stderr
+
+
+def test_folder_of_the_target_that_may_not_be_read_costs_what_belongs_there(launch, tmp_path, direction):
+    """What is in it isn't known, so that's tried."""
+    source = make_tree(tmp_path / "source", a=1, closed__b=2, closed__sub__c=3, db__d=4)
+    target = make_tree(tmp_path / "target", closed__e=5)
+    locations = locate(launch(prefix=UNPRIVILEGED), direction, source, target)
+    (target / "closed").chmod(0)
+    result = run_pdiffcopy("--json", "-r", *locations, prefix=UNPRIVILEGED)
+    files = json.loads(result.stdout)["files"]
+    failed = [file["target"].partition("target/")[2] for file in files if "Permission denied" in file.get("error", "")]
+    assert (result.returncode, sorted(failed)) == (1, ["closed/b", "closed/sub", "closed/sub/c"])
+    assert [file["outcome"] for file in files if "error" not in file] == ["created", "created"]
+    (target / "closed").chmod(0o711)  # it needn't be read in order to be written to by those who may enter it
+    assert os.listdir(target / "closed") == ["e"]
+
+
+@pytest.mark.parametrize("target", ["there", "missing"])
+def test_server_that_is_read_only_is_told_once(launch, tmp_path, tree, target):
+    """However many files there are."""
+    (tmp_path / "there").mkdir()
+    location = f"127.0.0.1:{launch('--read-only').port}{tmp_path}/{target}"
+    for arguments in (("-r", tree, location), (tree / "a", tree / "db/b", location)):
+        result = run_pdiffcopy(*arguments)
+        assert result.returncode == 1
+        (line,) = [line for line in result.stderr.splitlines() if "read-only" in line]
+        assert line.startswith(f"pdiffcopy: The server of http://{location}") and line.endswith(" is read-only")
+    assert os.listdir(tmp_path / "there") == []
 
 
 def test_old_servers_take_files_and_no_folders(launch_old, tmp_path, tree):

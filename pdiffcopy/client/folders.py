@@ -12,13 +12,15 @@ from functools import partial
 from itertools import compress
 from typing import TypeVar
 
-from pdiffcopy.address import Address
 from pdiffcopy.blocks import FOLDER_MODE, MAX_MODE, Metadata
+from pdiffcopy.client.job import concerns_one_file
 from pdiffcopy.client.plan import Options
+from pdiffcopy.client.planning import check_writable
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.client.selection import Selection
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.sides import Files, group_files
+from pdiffcopy.client.summary import FileReport
 from pdiffcopy.exceptions import ProgramError
 from pdiffcopy.replica import Replica
 
@@ -28,11 +30,12 @@ AT_A_TIME = 32
 """How many folders are asked for in one exchange."""
 
 
-def make_folders(selection: Selection, servers: Servers) -> None:
+def make_folders(selection: Selection, servers: Servers) -> Iterator[FileReport]:
     """
     Make the folders that the target doesn't have.
 
-    :raises: :exc:`.ProgramError` for the first one that can't be made.
+    :returns: A generator of those that can't be made.
+    :raises: :exc:`.ProgramError` when all of them have to be in one that can't, and for what concerns all of them.
     """
     missing = [folder.name for folder in selection.folders if folder.is_new]
     for names in _cut(missing):
@@ -40,17 +43,24 @@ def make_folders(selection: Selection, servers: Servers) -> None:
         found = _ask(servers, partial(sources.metadata, range(len(names))))
         modes = [FOLDER_MODE if metadata is None else _get_mode(metadata) for metadata in found]
         for i, is_made in enumerate(_ask(servers, partial(targets.make_folders, modes))):
-            if not is_made:
+            if is_made:
+                continue
+            try:
                 targets.replicas[i].make_folder(modes[i])  # tells why
+            except ProgramError as e:
+                if not concerns_one_file(e):
+                    raise
+                _check_writable(targets)
+                if not names[i]:
+                    raise
+                yield FileReport(*selection.locate(names[i]), error=e)
 
 
-def complete_folders(
-    selection: Selection, options: Options, servers: Servers
-) -> Iterator[tuple[tuple[Address, Address], ProgramError]]:
+def complete_folders(selection: Selection, options: Options, servers: Servers) -> Iterator[FileReport]:
     """
     Give folders the metadata of their sources, those first that lie in others.
 
-    :returns: A generator of failures: the folder of the source and that of the target, and what went wrong.
+    :returns: A generator of those that can't get it.
     """
     for names in _cut([folder.name for folder in reversed(selection.folders)]):
         sources, targets = _open(selection, servers, names)
@@ -63,7 +73,16 @@ def complete_folders(
                 metadata = _select(options, sources.replicas[i].metadata())
                 targets.replicas[i].set_metadata(metadata)
             except ProgramError as e:
-                yield selection.locate(names[i]), e
+                yield FileReport(*selection.locate(names[i]), error=e)
+
+
+def _check_writable(targets: Files) -> None:
+    """Refuse a server that would refuse all folders, one after the other."""
+    try:
+        peer = targets.peer
+    except ProgramError:
+        return  # where nothing may be looked at, nothing is known either
+    check_writable(targets.replicas[0].label, peer)
 
 
 def _ask(servers: Servers, action: Callable[[], T]) -> T:

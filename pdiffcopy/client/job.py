@@ -32,6 +32,7 @@ from pdiffcopy.exceptions import (
     FileError,
     FileMissingError,
     ProgramError,
+    ReadOnlyError,
     SourceChangedError,
     TransientError,
     UsageError,
@@ -262,7 +263,7 @@ def _look_at(replica: Replica) -> Side:
 
 Ended = tuple[Job, "Report | ProgramError"]
 """What has become of a file."""
-_FATAL = (AuthenticationError, DependencyError, DiskFullError, TransientError, WorkerError)
+_FATAL = (AuthenticationError, DependencyError, DiskFullError, ReadOnlyError, TransientError, WorkerError)
 """What ends a run of many files at once, since it would be the same for all of them."""
 
 

@@ -10,7 +10,7 @@ from pdiffcopy.client.job import Job
 from pdiffcopy.client.run import Run
 from pdiffcopy.client.selection import Selection
 from pdiffcopy.client.summary import FileReport, Summary
-from pdiffcopy.exceptions import ProgramError
+from pdiffcopy.exceptions import FileForbiddenError, ProgramError
 
 VERBOSE = logging.INFO - 1
 """The level of messages that only some users want."""
@@ -28,8 +28,20 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
     """
     summary = Summary() if summary is None else summary
     summary.skipped.update(selection.skipped)
-    if not run.options.dry_run:
-        make_folders(selection, run.servers)
+    for file in _bring(selection, run):
+        summary.add(file)
+        logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, file.error or file.report)
+        yield file
+
+
+def _bring(selection: Selection, run: Run) -> Iterator[FileReport]:
+    for name in selection.unreadable:
+        source, target = selection.locate(name)
+        error = FileForbiddenError("Can't list {label}: Permission denied (--exclude leaves it out)", label=str(source))
+        yield FileReport(source, target, error=error)
+    writes = not run.options.dry_run
+    if writes:
+        yield from make_folders(selection, run.servers)
     # Large ones first: they may have to be waited for at the end.
     selection.files.sort(reverse=True)
     jobs = (
@@ -39,18 +51,8 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
     for job, ended in run.synchronize_all(jobs, selection.size, len(selection.files)):
         addresses = job.source_address, job.target_address
         if isinstance(ended, ProgramError):
-            file = FileReport(*addresses, error=ended)
+            yield FileReport(*addresses, error=ended)
         else:
-            file = FileReport(*addresses, report=ended)
-        _note(file, summary)
-        yield file
-    if run.options.wants_metadata and not run.options.dry_run:
-        for addresses, error in complete_folders(selection, run.options, run.servers):
-            file = FileReport(*addresses, error=error)
-            _note(file, summary)
-            yield file
-
-
-def _note(file: FileReport, summary: Summary) -> None:
-    summary.add(file)
-    logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, file.error or file.report)
+            yield FileReport(*addresses, report=ended)
+    if run.options.wants_metadata and writes:
+        yield from complete_folders(selection, run.options, run.servers)

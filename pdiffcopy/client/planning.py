@@ -12,7 +12,7 @@ from pdiffcopy.blocks import FileInfo, count_blocks
 from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
-from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ForbiddenError, UsageError
+from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ReadOnlyError, UsageError
 from pdiffcopy.features import (
     FEATURE_ATOMIC,
     FEATURE_BLOCKWISE,
@@ -38,6 +38,12 @@ class Side(NamedTuple):
     replica: Replica
     info: FileInfo
     peer: PeerInfo
+
+
+def check_writable(label: str, peer: PeerInfo) -> None:
+    """Refuse a target on a server that lets nobody write."""
+    if not peer.writable:
+        raise ReadOnlyError("The server of {label} is read-only", label=label)
 
 
 class Planner:
@@ -142,8 +148,7 @@ class Planner:
         if room is not None and needed > room:
             text = "{label} takes {needed} bytes more than now, and its file system has {room} left"
             raise DiskFullError(text, label=target.replica.label, needed=needed, room=room)
-        if not target.peer.writable:
-            raise ForbiddenError("The server of {label} is read-only", label=target.replica.label)
+        check_writable(target.replica.label, target.peer)
         if self.options.fsync:
             self._demand(target, FEATURE_SYNC, "--fsync")
 

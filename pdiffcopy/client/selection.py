@@ -59,6 +59,8 @@ class Selection:
         self.files: list[Chosen] = []
         self.folders: list[Chosen] = []
         """The folder and those below it, each before what is in it."""
+        self.unreadable: list[str] = []
+        """What the source has, and doesn't let anybody look at."""
         self.skipped: Counter[str] = Counter()
         """How many things of which kind were left out, and how many files were excluded."""
 
@@ -171,12 +173,14 @@ def match(ours: Iterator[Entry], theirs: Iterator[Entry]) -> Iterator[tuple[Entr
 
 
 def _choose(entry: Entry, there: Kind, rules: Sequence[Rule], selection: Selection) -> None:
-    if entry.kind not in (Kind.FILE, Kind.FOLDER):
+    if entry.kind not in (Kind.FILE, Kind.FOLDER, Kind.UNREADABLE):
         selection.skip(entry.name, entry.kind.value)
     elif not _is_included(entry.name, rules):
         if entry.kind is Kind.FILE:
             selection.skip(entry.name, "excluded")
-    elif there not in (entry.kind, Kind.MISSING):
+    elif entry.kind is Kind.UNREADABLE:
+        selection.unreadable.append(entry.name)
+    elif there not in (entry.kind, Kind.MISSING, Kind.UNREADABLE):
         text = "{name} is a {kind} in {source}, and a {other} in {target}: move one of them away"
         raise UsageError(
             text, name=entry.name, kind=entry.kind.value, source=str(selection.root), other=there.value,

@@ -5,8 +5,9 @@ Folders are entered through the descriptor of the folder that they lie in, and n
 exchanges one for a link, at any moment, leads nobody out of the folder that was asked about. Mount points are entered,
 what the kernel makes up isn't.
 
-All of it is told, or the listing fails: a folder that may not be read is an error. What disappears meanwhile is left
-out, what is exchanged meanwhile is told as what it is when it's looked at.
+All of it is told, or the listing fails. A folder that may not be read is told as that, unless it is the one that was
+asked about. What disappears meanwhile is left out, what is exchanged meanwhile is told as what it is when it's looked
+at.
 """
 
 from __future__ import annotations
@@ -100,9 +101,11 @@ class _Thing:
                 self._open(open_it, enters)
             except (FileNotFoundError, NotADirectoryError):
                 self.entry = Entry(name, Kind.MISSING)
-            except OSError:
+            except OSError as e:
                 self.close()
-                raise
+                if not (name and isinstance(e, PermissionError)):
+                    raise
+                self.entry = Entry(name, Kind.UNREADABLE)
 
     def _open(self, open_it: Callable[[int], int], enters: bool) -> None:
         """Find out what it is, and open it accordingly. What is no folder any more by then is looked at again."""
