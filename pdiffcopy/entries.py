@@ -50,6 +50,8 @@ class Entry(NamedTuple):
     """The size of a file in bytes (0 for anything else)."""
     mtime_ns: int = 0
     """The time of its last modification in nanoseconds since 1970, which may be negative."""
+    file_id: str = ""
+    """Which one it is, if it's a folder, or a file with several names (see :class:`.FileInfo`, otherwise empty)."""
 
     @property
     def place(self) -> tuple[bytes, ...]:

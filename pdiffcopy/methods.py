@@ -51,8 +51,10 @@ def _find_hasher(method: str) -> Callable[..., Any] | None:
     if method == digests.METHOD:
         return digests.new_hasher
     if method == "blake3":
-        from blake3 import blake3
-
+        try:
+            from blake3 import blake3
+        except ImportError:  # there's no wheel of it for some machines
+            return None
         return blake3
     try:
         # A method of variable length (SHAKE) has no digest size, and one that the policy of the system forbids fails.

@@ -36,7 +36,8 @@ MAX_EMPTY = 65536
 _HASH_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\t([0-9a-f]{2,512}(?:\.[0-9a-f]{32})?)")
 _HOLE_LINE = re.compile(rb"(0|[1-9][0-9]{0,18})\thole\t([1-9][0-9]{0,18})")
 _ENTRY_LINE = re.compile(
-    rb"([a-z]+)\t(0|[1-9][0-9]{0,18})\t(0|-?[1-9][0-9]{0,29})\t((?:[A-Za-z0-9_.~/-]|%%[0-9A-F]{2}){0,%d})" % MAX_NAME
+    rb"([a-z]+)\t(0|[1-9][0-9]{0,18})\t(0|-?[1-9][0-9]{0,29})\t((?:[A-Za-z0-9_.~/-]|%%[0-9A-F]{2}){0,%d})"
+    rb"(?:\t([!-~]{1,80}))?" % MAX_NAME
 )
 _KINDS = {kind.value.encode("ascii"): kind for kind in Kind}
 
@@ -76,7 +77,8 @@ def format_entries(entries: Iterable[Entry]) -> bytes:
 
 def _format_entry(entry: Entry) -> str:
     name = quote_from_bytes(os.fsencode(entry.name))
-    return f"{entry.kind.value}\t{entry.size}\t{entry.mtime_ns}\t{name}\n"
+    identity = f"\t{entry.file_id}" if entry.file_id else ""
+    return f"{entry.kind.value}\t{entry.size}\t{entry.mtime_ns}\t{name}{identity}\n"
 
 
 def parse_entry(line: bytes) -> Entry:
@@ -88,7 +90,8 @@ def parse_entry(line: bytes) -> Entry:
     match = _ENTRY_LINE.fullmatch(line)
     if not match or match[1] not in _KINDS or int(match[2]) > MAX_OFFSET:
         raise ProtocolError("The server sent a malformed entry of a list: {line}", line=repr(line[:80]))
-    return Entry(os.fsdecode(unquote_to_bytes(match[4])), _KINDS[match[1]], int(match[2]), int(match[3]))
+    name, file_id = os.fsdecode(unquote_to_bytes(match[4])), (match[5] or b"").decode("ascii")
+    return Entry(name, _KINDS[match[1]], int(match[2]), int(match[3]), file_id)
 
 
 # Streams {{{1

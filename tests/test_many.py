@@ -107,7 +107,9 @@ def test_slash_makes_a_folder(tmp_path, place):
     assert (tmp_path / "a" / "b" / "file").read_bytes() == data
 
 
-@pytest.mark.parametrize("fault", ["same name", "folder", "folder with a slash", "target is a file", "folder there"])
+@pytest.mark.parametrize(
+    "fault", ["same name", "folder", "several folders", "folder with a slash", "target is a file", "folder there"]
+)
 def test_what_can_not_be_is_refused_before_anything_is_touched(tmp_path, place, fault):
     """In one line that names it."""
     sources = make_tree(tmp_path / "sources", a=1, b=2, c__a=3)
@@ -117,8 +119,10 @@ def test_what_can_not_be_is_refused_before_anything_is_touched(tmp_path, place, 
         names, expected = [sources / "a", sources / "c/a"], "called a"
     elif fault == "folder":
         names, expected = [sources / "c"], "add -r"
+    elif fault == "several folders":
+        names, expected = [sources / "a", sources / "c"], "by itself, with -r"
     elif fault == "folder with a slash":
-        names, expected = [sources / "a", f"{sources}/c/"], "add -r"
+        names, expected = [sources / "a", f"{sources}/c/"], "by itself, with -r"
     elif fault == "target is a file":
         target, expected = target / "file", "is no folder"
         target.write_bytes(b"precious")
@@ -130,6 +134,107 @@ def test_what_can_not_be_is_refused_before_anything_is_touched(tmp_path, place, 
     (line,) = error_lines(result)
     assert result.returncode == 1 and expected in line
     assert read_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["-r", "-a"])
+def test_several_sources_with_an_option_for_folders(tmp_path, place, option):
+    """Files are files. Of several folders nobody would know what becomes of which."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2, c__a=3, d__b=4)
+    os.utime(sources / "b", ns=(5, 5))
+    run(option, *place(sources / "a", sources / "b", tmp_path / "files"))
+    assert read_tree(tmp_path / "files") == {name: (sources / name).read_bytes() for name in "ab"}
+    assert ((tmp_path / "files/b").stat().st_mtime_ns == 5) is (option == "-a")
+    result = run_pdiffcopy(option, *place(sources / "c", sources / "d", tmp_path / "folders"))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "by itself, with -r" in line
+    assert not (tmp_path / "folders").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("-r",), ("-a",)])
+def test_rules_without_a_folder_are_refused(tmp_path, place, options):
+    """They would be of no use, and whoever gives them expects that they are."""
+    sources = make_tree(tmp_path / "sources", a=1, b=2)
+    for names in (["a"], ["a", "b"]):
+        paths = [sources / name for name in names]
+        result = run_pdiffcopy(*options, "--exclude=a", *place(*paths, tmp_path / "target"))
+        (line,) = error_lines(result)
+        assert result.returncode == 1 and "--exclude choose among the files of a folder" in line
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link"])
+@pytest.mark.parametrize("options", [(), ("-r",)])
+def test_two_targets_that_are_one_file_are_refused(tmp_path, place, kind, options):
+    """It couldn't be equal to both sources. (Links in folders are no files anyway.)"""
+    source, target = make_tree(tmp_path / "source", a=1, b=2), make_tree(tmp_path / "target", a=1)
+    if kind == "hard link":
+        os.link(target / "a", target / "b")
+    else:
+        (target / "b").symlink_to("a")
+    before = read_tree(tmp_path)
+    names = [source] if options else [source / "a", source / "b"]
+    result = run_pdiffcopy(*options, *place(*names, target))
+    (line,) = error_lines(result)
+    assert result.returncode == 1
+    assert ("are one file in" if kind == "hard link" or not options else "b is a file in") in line
+    assert read_tree(tmp_path) == before
+
+
+def test_two_names_of_one_file_on_both_sides_are_done_once(tmp_path, place):
+    """The one that's left out is equal, too."""
+    source, target = make_tree(tmp_path / "source", a=1), make_tree(tmp_path / "target", a=2)
+    for folder in (source, target):
+        os.link(folder / "a", folder / "b")
+    for options, names in ((("-r",), [source]), ((), [source / "a", source / "b"])):
+        report = run(*options, *place(*names, target))
+        assert (len(report["files"]), report["skipped"]) == (1, {"hard link": 1})
+        assert read_tree(target) == read_tree(source)
+        (target / "a").write_bytes(b"different once more")
+
+
+@pytest.mark.parametrize("options", [(), ("-r",)])
+def test_target_that_is_another_source_is_refused(tmp_path, options):
+    """Otherwise a source would be overwritten."""
+    source, target = make_tree(tmp_path / "source", a=1, b=2), make_tree(tmp_path / "target")
+    os.link(source / "a", target / "b")
+    before = read_tree(tmp_path)
+    names = [source] if options else [source / "a", source / "b"]
+    result = run_pdiffcopy(*options, *names, target)
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "b in" in line and "is the source of a" in line
+    assert read_tree(tmp_path) == before
+
+
+def test_source_that_leads_to_another_target_is_refused(tmp_path):
+    """By a symbolic link, which is followed where it's named."""
+    sources, target = make_tree(tmp_path / "sources", a=1), make_tree(tmp_path / "target", a=2, b=3)
+    (sources / "b").symlink_to(target / "a")
+    before = read_tree(tmp_path)
+    result = run_pdiffcopy(sources / "a", sources / "b", target)
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "a in" in line and "is the source of b" in line
+    assert read_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("place_of", ["into itself", "new, into itself", "out of itself", "itself", "by a link"])
+def test_folders_that_lie_in_each_other_are_refused(server, tmp_path, place_of):
+    """On whatever way they're reached: a run would read what it writes."""
+    outer = make_tree(tmp_path / "outer", a=1, inner__b=2)
+    (tmp_path / "link").symlink_to("outer/inner")
+    source, target = {
+        "into itself": (outer, outer / "inner"),
+        "new, into itself": (outer, outer / "inner/new"),
+        "out of itself": (outer / "inner", outer),
+        "itself": (outer, outer),
+        "by a link": (outer, tmp_path / "link"),
+    }[place_of]
+    before = read_tree(tmp_path)
+    remote = [f"127.0.0.1:{server.port}{path}" for path in (source, target)]
+    for locations in ((source, target), remote, *([] if "new" in place_of else [(remote[0], target)])):
+        result = run_pdiffcopy("-r", *locations)
+        (line,) = error_lines(result)
+        assert result.returncode == 1 and ("lies in the other" in line or "are the same folder" in line)
+        assert read_tree(tmp_path) == before
 
 
 def test_failure_costs_one_file(tmp_path, place):
@@ -342,6 +447,33 @@ def test_new_folders_are_for_nobody_else(tmp_path, place):
     run("-r", *place(source, target))
     found = {name: (target / name).stat().st_mode & 0o777 for name in modes}
     assert found == {"a": 0o750, "a/b": 0o700, "c": 0o755, "d": 0o755}
+
+
+@pytest.mark.parametrize("rules", [("--include=*.img", "--exclude=*"), ("--exclude=secret", "--exclude=secret/sub")])
+def test_excluded_folders_of_chosen_files_are_like_those_of_the_source(tmp_path, place, rules):
+    """They're needed, so they're for nobody else, and -a keeps what belongs to them. Others aren't made."""
+    source = make_tree(tmp_path / "source", secret__sub__a=1, z=2)
+    (source / "secret/sub/a").rename(source / "secret/sub/a.img")
+    (source / "secret").chmod(0o700)
+    os.utime(source / "secret", ns=(5, 5))
+    (source / "secret/empty").mkdir()
+    os.utime(source / "secret", ns=(5, 5))
+    for option in ("-r", "-a"):
+        target = tmp_path / option
+        run(option, *rules, "--exclude=z", "--exclude=*empty", *place(source, target))
+        assert sorted(read_tree(target)) == ["secret", "secret/sub", "secret/sub/a.img"]
+        assert stat.S_IMODE((target / "secret").stat().st_mode) == 0o700
+        assert ((target / "secret").stat().st_mtime_ns == 5) is (option == "-a")
+
+
+def test_excluded_folder_that_is_a_file_there_is_refused(tmp_path, place):
+    """If a file in it is chosen. Nothing is touched before."""
+    source, target = make_tree(tmp_path / "source", d__x=1, z=2), make_tree(tmp_path / "target", d=3)
+    before = read_tree(target)
+    result = run_pdiffcopy("-r", "--include=*[xz]", "--exclude=*", *place(source, target))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "d is a folder in" in line and read_tree(target) == before
+    assert run("-r", "--include=z", "--exclude=*", *place(source, target))["created"] == 1
 
 
 def test_empty_folder_makes_a_folder(tmp_path, place):

@@ -144,14 +144,17 @@ def test_page_that_changes_between_holes(server, one_disk, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("before", ["", "xxxxxx", "000000", "------"])
-def test_zeros_become_holes_when_asked_for(server, one_disk, direction, before):
+@pytest.mark.parametrize("before", ["missing", "", "c", "xxxxxx", "000000", "------"])
+@pytest.mark.parametrize("options", [(), ("--whole-file",), ("--atomic",)])
+def test_zeros_become_holes_when_asked_for(server, one_disk, direction, before, options):
     """All blocks of zeros, whether they took room in the source or not."""
     source, target = one_disk / "source", one_disk / "target"
     write(source, "a-00-b")
-    write(target, before or "c")
-    copy(server, direction, source, target, "--sparse=always")
+    if before != "missing":
+        write(target, before)
+    report = copy(server, direction, source, target, "--sparse=always", *options)
     assert read_holes(target) == "x----x"
+    assert report["bytes_moved"] <= 2 * MEBIBYTE
     assert copy(server, direction, source, target, "--sparse=always")["blocks_changed"] == 0
 
 

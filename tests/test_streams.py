@@ -117,7 +117,12 @@ def test_any_hash_stream_is_parsed_or_refused(chunks):
 
 NAMES = st.binary(min_size=1, max_size=80).map(lambda name: name.replace(b"\0", b"")).map(os.fsdecode)
 ENTRIES = st.builds(
-    Entry, NAMES, st.sampled_from(Kind), st.integers(0, MAX_OFFSET), st.integers(1 - 10**30, 10**30 - 1)
+    Entry,
+    NAMES,
+    st.sampled_from(Kind),
+    st.integers(0, MAX_OFFSET),
+    st.integers(1 - 10**30, 10**30 - 1),
+    st.sampled_from(["", "fe00:123@0f6f1b3c", "~" * 80]),
 )
 
 
@@ -130,14 +135,14 @@ def test_entries_survive_any_cut(entries, positions):
 
 def test_entries_are_ascii():
     """What a line looks like."""
-    entries = [Entry("", Kind.FOLDER, 0, -5), Entry("a b/\udcff\n%é", Kind.FILE, 7, 8)]
-    assert format_entries(entries) == b"folder\t0\t-5\t\nfile\t7\t8\ta%20b/%FF%0A%25%C3%A9\n"
+    entries = [Entry("", Kind.FOLDER, 0, -5, "1:2@3"), Entry("a b/\udcff\n%é", Kind.FILE, 7, 8)]
+    assert format_entries(entries) == b"folder\t0\t-5\t\t1:2@3\nfile\t7\t8\ta%20b/%FF%0A%25%C3%A9\n"
 
 
 @pytest.mark.parametrize("byte", [b"a", b"\xff", b"/", b"\n"])
 def test_longest_name_fits(byte):
     """However it's encoded, it's shorter than the longest line; one that is longer is refused."""
-    entry = Entry(os.fsdecode(byte * MAX_NAME), Kind.FILE, MAX_OFFSET, 1 - 10**30)
+    entry = Entry(os.fsdecode(byte * MAX_NAME), Kind.FILE, MAX_OFFSET, 1 - 10**30, "~" * 80)
     line = format_entries([entry])
     assert len(line) < MAX_LINE
     assert parse_entry(line[:-1]) == entry

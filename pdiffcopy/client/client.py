@@ -103,7 +103,7 @@ class Client(PropertyManager):
         """Pass it on to the locations, unless they have one of their own."""
         before = self.network
         set_property(self, "network", value)
-        for location in (self.source, self.target):
+        for location in (self.source, *self.sources, self.target):
             if location and location.network == before:
                 location.network = value
 
@@ -222,16 +222,18 @@ class Client(PropertyManager):
         :raises: Kinds of :exc:`.ProgramError` for what forbids all of it, or would be the same for all files.
         """
         from pdiffcopy.client.many import bring_all
-        from pdiffcopy.client.selection import Rule, select_files, select_tree
+        from pdiffcopy.client.selection import select_files
+        from pdiffcopy.client.tree import Rule, select_tree
 
         with self._make_servers() as servers:
             sources = [location.address for location in self.sources]
             if not (sources and self.target):
                 raise UsageError("A client needs sources and a target")
             options, target = self._get_options(), self.target.address
-            if self.is_about_many and self.recursive:
+            if self.recursive and len(sources) == 1 and self.is_about_many:
                 selection = select_tree(sources[0], target, [Rule(*rule) for rule in self.rules], servers)
             else:
+                self._refuse_rules()
                 selection = select_files(sources, target, servers)
             run = Run(options, servers, progress=self.progress)
             yield from bring_all(selection, run, summary)
@@ -264,10 +266,15 @@ class Client(PropertyManager):
         with self._running(list(offsets)) as (run, job):
             run.synchronize(job)
 
+    def _refuse_rules(self) -> None:
+        if self.rules:
+            raise UsageError("--include and --exclude choose among the files of a folder: give one, with -r")
+
     @contextmanager
     def _running(self, offsets: list[int] | None = None) -> Iterator[tuple[Run, Job]]:
         if not (self.source and self.target):
             raise UsageError("A client needs a source and a target")
+        self._refuse_rules()
         with self._make_servers() as servers:
             options, is_given = self._get_options(), offsets is not None
             job = Job(self.source.address, self.target.address, options, servers, is_given)

@@ -153,7 +153,7 @@ class Plan(NamedTuple):
     @property
     def needs_hashes(self) -> bool:
         """Whether the source has to be hashed block by block."""
-        return self.delta or self.verification is Verification.BY_HASHES
+        return self.delta or self.sparse is Sparse.ALWAYS or self.verification is Verification.BY_HASHES
 
 
 class Result(NamedTuple):

@@ -1,9 +1,9 @@
 """
 Which files are to become equal to which?
 
-Everything that can be wrong with the names of many files is found here, before the first of them is touched. What is a
-file on one side and a folder (or anything else) on the other is refused. Of a folder only files are chosen: links,
-FIFOs, sockets and devices are left out and counted, and nothing is followed.
+Everything that can be wrong with the names of many files is found here and in :mod:`.tree`, before the first of them is
+touched. What is a file on one side and a folder (or anything else) on the other is refused, and so is a file that would
+be written to twice, or while it is read, since it has another name.
 """
 
 from __future__ import annotations
@@ -12,25 +12,19 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.places import find_kind, join
 from pdiffcopy.client.servers import Servers
-from pdiffcopy.entries import MAX_DEPTH, Entry, Kind
+from pdiffcopy.entries import Entry, Kind
 from pdiffcopy.exceptions import FileMissingError, ProgramError, UsageError
 from pdiffcopy.replica import Replica
 
 logger = logging.getLogger(__name__)
 
 
-class Rule(NamedTuple):
-    """What is chosen."""
-
-    includes: bool
-    glob: str
-    """A pattern for names below the folder. ``*`` stands for any characters, slashes too."""
+_FOLDER = "{label} is a folder, and there are several sources: bring it into line by itself, with -r"
 
 
 class Chosen(NamedTuple):
@@ -63,11 +57,44 @@ class Selection:
         """What the source has, and doesn't let anybody look at."""
         self.skipped: Counter[str] = Counter()
         """How many things of which kind were left out, and how many files were excluded."""
+        self._read: dict[str, str] = {}
+        self._written: dict[str, tuple[str, str]] = {}
 
     def skip(self, name: str, why: str) -> None:
         """Leave something out."""
         self.skipped[why] += 1
         logger.log(logging.INFO - 1, "Left out: %s (%s)", name, why)
+
+    def choose(self, file: Chosen, source_id: str, target_id: str) -> None:
+        """
+        Choose a file, unless another name of it is chosen on both sides.
+
+        :param source_id: Which file it is, if it may have other names (see :class:`.FileInfo`).
+        :param target_id: Which file that of the target is.
+        :raises: :exc:`.UsageError` when the target has one file where the source has two.
+        """
+        if target_id:
+            other, other_id = self._written.setdefault(target_id, (file.name, source_id))
+            if other != file.name:
+                if source_id and source_id == other_id:
+                    self.skip(file.name, "hard link")
+                    return
+                text = "{name} and {other} are one file in {target}, and two in the source: remove one of them there"
+                raise UsageError(text, name=file.name, other=other, target=str(self.target))
+        if source_id:
+            self._read.setdefault(source_id, file.name)
+        self.files.append(file)
+
+    def check(self) -> None:
+        """
+        Refuse a file that would be written to as one, and read as another.
+
+        :raises: :exc:`.UsageError` for the first one.
+        """
+        for target_id, (name, source_id) in self._written.items():
+            if target_id in self._read and target_id != source_id:
+                text = "{name} in {target} is the source of {other}: remove it there"
+                raise UsageError(text, name=name, target=str(self.target), other=self._read[target_id])
 
     @property
     def size(self) -> int:
@@ -88,9 +115,6 @@ def _strip(folder: Address) -> Address:
     return folder._replace(filename=folder.filename.rstrip("/") or "/")
 
 
-# Several files {{{1
-
-
 def select_files(sources: Sequence[Address], target: Address, servers: Servers) -> Selection:
     """
     Choose several files. They go into one folder, which is created where it's missing.
@@ -99,19 +123,26 @@ def select_files(sources: Sequence[Address], target: Address, servers: Servers) 
     """
     for source in sources:
         if source.filename.endswith("/"):
-            raise UsageError("{label} is a folder: add -r", label=str(source))
+            raise UsageError(_FOLDER, label=str(source))
     selection = Selection(sources, target, is_tree=False)
     if len(selection.sources) < len(sources):
         names = Counter(os.path.basename(source.filename) for source in sources)
         text = "Two of the sources are called {name}, and there can be only one of them in {target}"
         raise UsageError(text, name=names.most_common(1)[0][0], target=str(target))
-    _check_target(servers.open(selection.target), selection)
-    for name, source in selection.sources.items():
-        selection.files.append(Chosen(_find_size(servers.open(source)), name))
+    there = {entry.name: entry for entry in _list_target(servers.open(selection.target), selection)}
+    found = {name: _look(source, servers) for name, source in selection.sources.items()}
+    # Elsewhere no name leads to a source, and where no file has several names, they're all different.
+    is_one_machine = any(source.origin == target.origin for source in sources)
+    may_coincide = is_one_machine or any(entry.kind is Kind.LINK or entry.file_id for entry in there.values())
+    for name, (size, source_id) in found.items():
+        target_id = _look(join(selection.target, name), servers)[1] if may_coincide and name in there else ""
+        selection.choose(Chosen(size, name), source_id, target_id)
+    selection.check()
     return selection
 
 
-def _check_target(target: Replica, selection: Selection) -> None:
+def _list_target(target: Replica, selection: Selection) -> Iterator[Entry]:
+    """Tell what is called like the sources in the target."""
     entries = target.entries(1)
     try:
         folder = next(entries)
@@ -120,77 +151,19 @@ def _check_target(target: Replica, selection: Selection) -> None:
     if folder.kind not in (Kind.FOLDER, Kind.MISSING):
         raise UsageError("{label} is no folder, and there are several sources", label=target.label)
     for entry in entries:
-        if entry.name in selection.sources and entry.kind is Kind.FOLDER:
-            raise UsageError("{name} is a folder in {label}", name=entry.name, label=target.label)
+        if entry.name in selection.sources:
+            if entry.kind is Kind.FOLDER:
+                raise UsageError("{name} is a folder in {label}", name=entry.name, label=target.label)
+            yield entry
 
 
-def _find_size(source: Replica) -> int:
+def _look(address: Address, servers: Servers) -> tuple[int, str]:
+    """Tell the size of a file, and which one it is. What can't be looked at fails when its turn comes."""
+    replica = servers.open(address)
     try:
-        return source.info()[0].size
+        info = replica.info()[0]
+        return info.size, info.file_id
     except ProgramError:
-        return 0  # it fails when its turn comes
-
-
-# A folder {{{1
-
-
-def select_tree(source: Address, target: Address, rules: Sequence[Rule], servers: Servers) -> Selection:
-    """
-    Choose the files below a folder.
-
-    :raises: :exc:`.UsageError` when a server is too old to list a folder, and for what is a file on one side only.
-    """
-    selection = Selection([source], target, is_tree=True)
-    replicas = servers.open(selection.root), servers.open(selection.target)
-    for replica in replicas:
-        find_kind(replica, "-r")
-    ours, theirs = (replica.entries(MAX_DEPTH) for replica in replicas)
-    for entry, there in match(ours, theirs):
-        if not entry.name:
-            _check_folders(entry.kind, there, replicas)
-            selection.folders.append(Chosen(0, "", there is Kind.MISSING))
-            continue
-        _choose(entry, there, rules, selection)
-    return selection
-
-
-def _check_folders(ours: Kind, theirs: Kind, replicas: tuple[Replica, Replica]) -> None:
-    source, target = (replica.label for replica in replicas)
-    if ours is Kind.MISSING:
-        raise FileMissingError("The source {label} doesn't exist", label=source)
-    for label, kind in ((source, ours), (target, theirs)):
-        if kind not in (Kind.FOLDER, Kind.MISSING):
-            raise UsageError("{label} is a {kind}, and -r takes folders", label=label, kind=kind.value)
-
-
-def match(ours: Iterator[Entry], theirs: Iterator[Entry]) -> Iterator[tuple[Entry, Kind]]:
-    """Tell of each entry of one listing what the other one has under that name. Both are in the same order."""
-    other = next(theirs, None)
-    for entry in ours:
-        while other and other.place < entry.place:
-            other = next(theirs, None)
-        yield entry, other.kind if other and other.place == entry.place else Kind.MISSING
-
-
-def _choose(entry: Entry, there: Kind, rules: Sequence[Rule], selection: Selection) -> None:
-    if entry.kind not in (Kind.FILE, Kind.FOLDER, Kind.UNREADABLE):
-        selection.skip(entry.name, entry.kind.value)
-    elif not _is_included(entry.name, rules):
-        if entry.kind is Kind.FILE:
-            selection.skip(entry.name, "excluded")
-    elif entry.kind is Kind.UNREADABLE:
-        selection.unreadable.append(entry.name)
-    elif there not in (entry.kind, Kind.MISSING, Kind.UNREADABLE):
-        text = "{name} is a {kind} in {source}, and a {other} in {target}: move one of them away"
-        raise UsageError(
-            text, name=entry.name, kind=entry.kind.value, source=str(selection.root), other=there.value,
-            target=str(selection.target),
-        )  # fmt: skip
-    elif entry.kind is Kind.FILE:
-        selection.files.append(Chosen(entry.size, entry.name, there is Kind.MISSING))
-    else:
-        selection.folders.append(Chosen(0, entry.name, there is Kind.MISSING))
-
-
-def _is_included(name: str, rules: Sequence[Rule]) -> bool:
-    return next((rule.includes for rule in rules if fnmatchcase(name, rule.glob)), True)
+        if find_kind(replica) is Kind.FOLDER:
+            raise UsageError(_FOLDER, label=str(address)) from None
+        return 0, ""

@@ -125,7 +125,10 @@ class _Thing:
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), Kind.OTHER)
         if kind in (Kind.FILE, Kind.FOLDER) and get_file_system(self.fd) in PSEUDO:
             kind = Kind.OTHER
-        self.entry = Entry(self.entry.name, kind, status.st_size if kind is Kind.FILE else 0, status.st_mtime_ns)
+        size = status.st_size if kind is Kind.FILE else 0
+        has_identity = kind is Kind.FOLDER or (kind is Kind.FILE and status.st_nlink > 1)
+        file_id = identify(status) if has_identity else ""
+        self.entry = Entry(self.entry.name, kind, size, status.st_mtime_ns, file_id)
 
     def identify(self) -> str:
         """Tell which file it is (empty: none)."""

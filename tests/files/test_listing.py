@@ -74,12 +74,27 @@ def test_kinds_sizes_and_times(tmp_path, namespace):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(tmp_path / "socket"))
         entries = {entry.name: entry for entry in list_folder(str(tmp_path), namespace)}
-    assert entries["file"] == ("file", Kind.FILE, 5, -1_500_000_000)
-    assert entries["folder"] == ("folder", Kind.FOLDER, 0, -1_500_000_000)
+    assert entries["file"] == ("file", Kind.FILE, 5, -1_500_000_000, "")
+    assert entries["folder"][:4] == ("folder", Kind.FOLDER, 0, -1_500_000_000)
     assert {name: entry.kind for name, entry in entries.items() if name not in ("", "file", "folder")} == {
         "link": Kind.LINK, "link to a folder": Kind.LINK, "loop": Kind.LINK, "fifo": Kind.FIFO, "socket": Kind.SOCKET,
     }  # fmt: skip
     assert not any(entry.size for entry in entries.values() if entry.kind is not Kind.FILE)
+
+
+def test_things_that_several_names_lead_to_have_an_identity(tmp_path, namespace):
+    """Folders, since links and mounts lead to them, and files that have more than one name."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"")
+    os.link(tmp_path / "b", tmp_path / "c")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    ids = {entry.name: entry.file_id for entry in list_folder(str(tmp_path), namespace)}
+    assert ids["a"] == ids["link"] == ""
+    for name in ("", "b", "c", "folder"):
+        assert ids[name] == identify((tmp_path / name).stat())
+    assert ids["b"] == ids["c"] and len({ids[""], ids["b"], ids["folder"]}) == 3
+    assert next(list_folder(f"{tmp_path}/link", namespace)).file_id == ids["folder"]
 
 
 def test_thing_itself(tmp_path, namespace):
@@ -96,7 +111,7 @@ def test_thing_itself(tmp_path, namespace):
         assert tell(tmp_path / name, 0, namespace) == {"": kind}, name
         if kind is not Kind.FOLDER:
             assert tell(tmp_path / name, MAX_DEPTH, namespace) == {"": kind}, name
-    assert next(list_folder(f"{tmp_path}/to file")) == ("", Kind.FILE, 5, (tmp_path / "file").stat().st_mtime_ns)
+    assert next(list_folder(f"{tmp_path}/to file")) == ("", Kind.FILE, 5, (tmp_path / "file").stat().st_mtime_ns, "")
     assert list(tell(tmp_path / "to folder", 1, namespace)) == ["", *sorted(os.listdir(tmp_path))]
     assert tell("/dev/null", 0, namespace) == {"": Kind.DEVICE}
     (tmp_path / "loop").symlink_to("loop")
