@@ -42,7 +42,7 @@ Supported options:
   --include=GLOB, --exclude=GLOB
 
     Choose files with -r by their names below SOURCE (may be repeated: the first one that fits decides, and what fits
-    none is included; '*' stands for any characters, slashes too).
+    none is included). '*' stands for any characters, slashes too: 'a/*' is all that is in a, and 'a' the folder alone.
 
   -c, --concurrency=COUNT
 

@@ -124,6 +124,10 @@ class ForbiddenError(ProgramError):
     http_status = 403
 
 
+class UnsupportedError(UsageError):
+    """Raised when a server can't do what the user wants, whatever file it is about."""
+
+
 class ReadOnlyError(ForbiddenError):
     """Raised when a server lets nobody write."""
 

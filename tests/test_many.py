@@ -664,6 +664,15 @@ def test_old_servers_take_files_and_no_folders(launch_old, tmp_path, tree):
         assert result.returncode == 1 and "too old for -r" in line
 
 
+def test_what_a_server_can_not_do_is_told_once(launch_old, tmp_path, tree):
+    """However many files there are."""
+    where = f"127.0.0.1:{launch_old().port}{tmp_path}/target/"
+    for option, expected in (("--fsync", "too old for --fsync"), ("-mxxh128", "has no hash method xxh128")):
+        result = run_pdiffcopy(option, tree / "a", tree / "db/b", where)
+        (line,) = [line for line in result.stderr.splitlines() if expected in line]
+        assert result.returncode == 1 and line in error_lines(result)
+
+
 # How it is told {{{1
 
 

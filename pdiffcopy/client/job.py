@@ -35,6 +35,7 @@ from pdiffcopy.exceptions import (
     ReadOnlyError,
     SourceChangedError,
     TransientError,
+    UnsupportedError,
     UsageError,
     WorkerError,
 )
@@ -263,7 +264,9 @@ def _look_at(replica: Replica) -> Side:
 
 Ended = tuple[Job, "Report | ProgramError"]
 """What has become of a file."""
-_FATAL = (AuthenticationError, DependencyError, DiskFullError, ReadOnlyError, TransientError, WorkerError)
+_FATAL = (
+    AuthenticationError, DependencyError, DiskFullError, ReadOnlyError, TransientError, UnsupportedError, WorkerError,
+)  # fmt: skip
 """What ends a run of many files at once, since it would be the same for all of them."""
 
 

@@ -12,7 +12,7 @@ from pdiffcopy.blocks import FileInfo, count_blocks
 from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
-from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ReadOnlyError, UsageError
+from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ReadOnlyError, UnsupportedError, UsageError
 from pdiffcopy.features import (
     FEATURE_ATOMIC,
     FEATURE_BLOCKWISE,
@@ -95,7 +95,7 @@ class Planner:
         for side, methods in known:
             if self.options.hash_method not in methods:
                 text = "The server of {label} has no hash method {method}"
-                raise UsageError(text, label=side.replica.label, method=self.options.hash_method)
+                raise UnsupportedError(text, label=side.replica.label, method=self.options.hash_method)
         return self.options.hash_method
 
     def check(self, writes: bool) -> None:
@@ -155,7 +155,8 @@ class Planner:
     def _demand(self, side: Side, feature: str, option: str) -> None:
         """Refuse an option for which a server is too old."""
         if feature not in side.peer.features:
-            raise UsageError("The server of {label} is too old for {option}", label=side.replica.label, option=option)
+            text = "The server of {label} is too old for {option}"
+            raise UnsupportedError(text, label=side.replica.label, option=option)
 
     def make_plan(self, source_address: Address, target: Target) -> Plan:
         """Make a plan."""
