@@ -104,8 +104,22 @@ def test_plain_files_are_done_at_once(folders, options):
     assert RUN_ATTRIBUTE not in os.listxattr(folders.target / "a")
 
 
+def test_equal_files_are_found_at_once_in_a_dry_run(folders):
+    """What's missing or differs is left, and nothing is touched."""
+    folders.copy("a", "b")
+    (folders.target / "a").write_bytes(b"different")
+    before = read_folder(folders.target)
+    assert folders.bring(dry_run=True, perms=True) == {"a": None, "b": "equal", "c": None}
+    assert read_folder(folders.target) == before
+
+
+def read_folder(folder: Path) -> dict[str, tuple]:
+    """What files are like."""
+    return {path.name: (path.read_bytes(), path.stat().st_ctime_ns) for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("before", ["missing", "equal"])
-@pytest.mark.parametrize("options", [(), ("-m", "sha1", "-b", "4096"), ("-W",), ("--no-verify",)], ids=str)
+@pytest.mark.parametrize("options", [(), ("-m", "sha1", "-b", "4096"), ("-W",), ("--no-verify",), ("-np",)], ids=str)
 def test_report_is_that_of_a_file_alone(folders, before, options):
     """Number by number."""
     alone = []
@@ -116,7 +130,7 @@ def test_report_is_that_of_a_file_alone(folders, before, options):
         result = run_pdiffcopy("--json", *options, source, target)
         alone.append(json.loads(result.stdout))
         if before == "missing":
-            (folders.target / name).unlink()
+            (folders.target / name).unlink(missing_ok=True)
     together = json.loads(folders.run(*options).stdout)["files"]
     for report in (*alone, *together):
         del report["elapsed"]

@@ -82,16 +82,23 @@ class Run:
                 yield ended
 
     def _scan_all(self, jobs: Iterable[Job], reporter: Reporter) -> Iterator[Ended]:
-        """Compare all of them in this process, small ones side by side."""
+        """Compare all of them in this process, small ones at once or side by side."""
         from pdiffcopy.client.flight import GROUP, is_small
+        from pdiffcopy.client.small import SmallFiles
 
+        small = SmallFiles(self.options, self.servers, reporter)
         combined = self.servers.combined(self.options.concurrency)
         for are_small, some in groupby(jobs, is_small):
             while group := list(islice(some, GROUP if are_small else 1)):
-                for job in group if are_small else ():
-                    job.servers = combined
-                actions = [(job, partial(job.scan, self._find, reporter)) for job in group]
-                yield from zip(group, attempt_all(actions), strict=True)
+                rest = []
+                for job, report in zip(group, small.bring(group), strict=True):
+                    if report:
+                        yield job, report
+                        continue
+                    job.servers = combined if are_small else self.servers
+                    rest.append(job)
+                actions = [(job, partial(job.scan, self._find, reporter)) for job in rest]
+                yield from zip(rest, attempt_all(actions), strict=True)
 
     def _share(self, jobs: Iterable[Job], scope: tuple[int, int, str], is_alone: bool) -> Iterator[Ended]:
         """

@@ -42,7 +42,7 @@ _RUN_SIZE = 8
 
 
 class SmallFiles:
-    """Brings small files into line (an object is used by all threads of a process)."""
+    """Brings small files into line, or compares them (an object is used by all threads of a process)."""
 
     def __init__(self, options: Options, servers: Servers, reporter: Reporter):
         """
@@ -66,7 +66,7 @@ class SmallFiles:
     def bring(self, jobs: Sequence[Job]) -> list[Report | None]:
         """Bring some files into line, and report on those that are (:data:`None`: nobody has done anything)."""
         reports: dict[int, Report] = {}
-        left = [job for job in jobs if (job.size or 0) <= MAX_WHOLE]
+        left = [job for job in jobs if self.suits and (job.size or 0) <= MAX_WHOLE]
         for _ in range(ATTEMPTS if left else 0):
             try:
                 group = _Group(self, left)
@@ -106,7 +106,7 @@ class _Group:
         if self.options.delta_transfer:
             known = {i: found for i, found in theirs.items() if found and found.digest and not found.claim}
             yield from self._compare(known, question)
-        if missing:
+        if missing and not self.options.dry_run:
             yield from self._create(missing)
 
     def _make_planner(self, i: int, ours: FileInfo, theirs: FileInfo) -> Planner:
@@ -120,7 +120,7 @@ class _Group:
     def _compare(self, there: dict[int, FileSummary], question: Question) -> Iterator[tuple[Job, Report]]:
         ours = zip(there, self.sources.summarize(list(there), question), strict=True)
         plans = {i: plan for i, mine in ours if mine and (plan := self._judge(i, mine, there[i], question))}
-        if self.options.wants_metadata:
+        if self.options.wants_metadata and not self.options.dry_run:
             have = [dict(zip(plans, side.metadata(list(plans)), strict=True)) for side in (self.sources, self.targets)]
             plans = {i: plan for i, plan in plans.items() if self._is_like(have[0][i], have[1][i])}
             plans = {i: plans[i] for i in self._find_unchanged({i: self.jobs[i].source.info for i in plans})}
@@ -128,7 +128,7 @@ class _Group:
             job, blocks = self.jobs[i], count_blocks(plan.size, plan.block_size)
             report = job.report(plan, Result(blocks, bytes_compared=plan.size), there[i].info)
             self.company.reporter.advance(plan.size, 0)
-            yield job, report._replace(claimed=there[i].claim is not None)
+            yield job, report._replace(claimed=there[i].claim is not None and not self.options.dry_run)
 
     def _judge(self, i: int, ours: FileSummary, theirs: FileSummary, question: Question) -> Plan | None:
         """Make the plan of a file that is equal already."""
@@ -199,7 +199,7 @@ def _plan(planner: Planner, job: Job, target: Target) -> Plan | None:
     """Make a plan for what is nothing out of the ordinary."""
     try:
         job.planner = planner
-        planner.check(writes=True)
+        planner.check(writes=not job.options.dry_run)
     except ProgramError:
         return None
     source = planner.source.info

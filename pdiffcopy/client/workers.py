@@ -202,7 +202,7 @@ class _Worker:
             file.number: Job(file.source, file.target, self.options, self.combined, size=file.size, is_new=file.is_new)
             for file in files
         }
-        found = self.small.bring(list(jobs.values())) if self.small.suits else [None] * len(jobs)
+        found = self.small.bring(list(jobs.values()))
         outcomes: list[Outcome] = [(number, report) for number, report in zip(jobs, found, strict=True) if report]
         rest = [number for number, report in zip(jobs, found, strict=True) if not report]
         if not rest:
