@@ -30,6 +30,7 @@ from pdiffcopy.exceptions import (
     TakenOverError,
 )
 from pdiffcopy.features import FEATURES
+from pdiffcopy.files.identity import identify
 from pdiffcopy.hashing import Hashers
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.methods import get_hasher
@@ -127,7 +128,8 @@ def test_entries_tell_what_a_name_leads_to(replica, open_replica, path):
     file = Entry("", Kind.FILE, size, path.stat().st_mtime_ns)
     (path.parent / "link").symlink_to(path)
     assert list(replica.entries(5)) == list(open_replica(path.parent / "link").entries(0)) == [file]
-    folder = Entry("", Kind.FOLDER, 0, path.parent.stat().st_mtime_ns)
+    status = path.parent.stat()
+    folder = Entry("", Kind.FOLDER, 0, status.st_mtime_ns, identify(status))
     assert list(open_replica(path.parent).entries(0)) == [folder]
 
 

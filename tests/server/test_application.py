@@ -192,14 +192,15 @@ def test_resize_creates_file_and_folders(ask, tmp_path):
 
 
 def test_list_is_a_stream_of_lines_with_checks(ask, tmp_path):
-    """A line of kind, size, time and encoded name for each thing; their digest; and the end."""
+    """A line of kind, size, time, encoded name and, for some, identity for each thing; their digest; and the end."""
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "\udcff\n").write_bytes(b"12345")
     for name in ("a b/\udcff\n", "a b", ""):
         os.utime(tmp_path / name, ns=(7, 7))
     response = ask("GET", "list", filename=tmp_path, depth=2)
     assert (response.status_code, response.headers["Content-Type"].split(";")[0]) == (200, "text/plain")
-    lines = b"folder\t0\t7\t\nfolder\t0\t7\ta%20b\nfile\t5\t7\ta%20b/%FF%0A\n"
+    outer, inner = (identify((tmp_path / name).stat()).encode() for name in ("", "a b"))
+    lines = b"folder\t0\t7\t\t%b\nfolder\t0\t7\ta%%20b\t%b\nfile\t5\t7\ta%%20b/%%FF%%0A\n" % (outer, inner)
     assert response.content == lines + f"={xxhash.xxh3_128_hexdigest(lines)}\ndone\n".encode()
     assert ask("GET", "list", filename=tmp_path).content.count(b"folder") == 2  # one level
     assert ask("GET", "list", filename=tmp_path / "no").content.startswith(b"missing\t0\t0\t\n=")
