@@ -15,6 +15,7 @@ import requests
 import xxhash
 
 from pdiffcopy import __version__
+from pdiffcopy.files.identity import identify
 from tests.support import (
     Server,
     can_connect,
