@@ -125,7 +125,7 @@ class ForbiddenError(ProgramError):
 
 
 class UnsupportedError(UsageError):
-    """Raised when a server can't do what the user wants, whatever file it is about."""
+    """Raised when the server of the target can't do what the user wants, whatever file it is about."""
 
 
 class ReadOnlyError(ForbiddenError):

@@ -231,10 +231,11 @@ class Client(PropertyManager):
                 raise UsageError("A client needs sources and a target")
             options, target = self._get_options(), self.target.address
             if self.recursive and len(sources) == 1 and self.is_about_many:
-                selection = select_tree(sources[0], target, [Rule(*rule) for rule in self.rules], servers)
+                rules = [Rule(*rule) for rule in self.rules]
+                selection = select_tree(sources[0], target, rules, servers, self.atomic)
             else:
                 self._refuse_rules()
-                selection = select_files(sources, target, servers)
+                selection = select_files(sources, target, servers, self.atomic)
             run = Run(options, servers, progress=self.progress)
             yield from bring_all(selection, run, summary)
 

@@ -53,6 +53,7 @@ def make_folders(selection: Selection, servers: Servers) -> Iterator[FileReport]
                 _check_writable(targets)
                 if not names[i]:
                     raise
+                selection.failed[names[i]] = e
                 yield FileReport(*selection.locate(names[i]), error=e)
 
 
@@ -62,7 +63,7 @@ def complete_folders(selection: Selection, options: Options, servers: Servers) -
 
     :returns: A generator of those that can't get it.
     """
-    for names in _cut([folder.name for folder in reversed(selection.folders)]):
+    for names in _cut([folder.name for folder in reversed(selection.folders) if folder.name not in selection.failed]):
         sources, targets = _open(selection, servers, names)
         found = enumerate(_ask(servers, partial(sources.metadata, range(len(names)))))
         wanted = {i: _select(options, metadata) for i, metadata in found if metadata}

@@ -10,7 +10,8 @@ from pdiffcopy.client.job import Job
 from pdiffcopy.client.run import Run
 from pdiffcopy.client.selection import Selection
 from pdiffcopy.client.summary import FileReport, Summary
-from pdiffcopy.exceptions import FileForbiddenError, ProgramError
+from pdiffcopy.client.twins import part_twins
+from pdiffcopy.exceptions import ProgramError
 
 VERBOSE = logging.INFO - 1
 """The level of messages that only some users want."""
@@ -27,7 +28,7 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
     :returns: A generator of what has become of each of them.
     """
     summary = Summary() if summary is None else summary
-    summary.skipped.update(selection.skipped)
+    summary.skipped = selection.skipped
     for file in _bring(selection, run):
         summary.add(file)
         logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, file.error or file.report)
@@ -35,13 +36,21 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
 
 
 def _bring(selection: Selection, run: Run) -> Iterator[FileReport]:
-    for name in selection.unreadable:
-        source, target = selection.locate(name)
-        error = FileForbiddenError("Can't list {label}: Permission denied (--exclude leaves it out)", label=str(source))
-        yield FileReport(source, target, error=error)
-    writes = not run.options.dry_run
-    if writes:
+    for name, error in selection.failed.items():
+        yield FileReport(*selection.locate(name), error=error)
+    is_dry = run.options.dry_run
+    if not is_dry:
         yield from make_folders(selection, run.servers)
+    yield from _bring_files(selection, run)
+    while selection.twins:
+        yield from part_twins(selection, run.servers, is_dry)
+        if selection.files:
+            yield from _bring_files(selection, run)
+    if run.options.wants_metadata and not is_dry:
+        yield from complete_folders(selection, run.options, run.servers)
+
+
+def _bring_files(selection: Selection, run: Run) -> Iterator[FileReport]:
     # Large ones first: they may have to be waited for at the end.
     selection.files.sort(reverse=True)
     jobs = (
@@ -54,5 +63,3 @@ def _bring(selection: Selection, run: Run) -> Iterator[FileReport]:
             yield FileReport(*addresses, error=ended)
         else:
             yield FileReport(*addresses, report=ended)
-    if run.options.wants_metadata and writes:
-        yield from complete_folders(selection, run.options, run.servers)

@@ -95,7 +95,7 @@ class Planner:
         for side, methods in known:
             if self.options.hash_method not in methods:
                 text = "The server of {label} has no hash method {method}"
-                raise UnsupportedError(text, label=side.replica.label, method=self.options.hash_method)
+                raise self._choose_error(side)(text, label=side.replica.label, method=self.options.hash_method)
         return self.options.hash_method
 
     def check(self, writes: bool) -> None:
@@ -156,7 +156,11 @@ class Planner:
         """Refuse an option for which a server is too old."""
         if feature not in side.peer.features:
             text = "The server of {label} is too old for {option}"
-            raise UnsupportedError(text, label=side.replica.label, option=option)
+            raise self._choose_error(side)(text, label=side.replica.label, option=option)
+
+    def _choose_error(self, side: Side) -> type[UsageError]:
+        """Sources may be on other servers, but the target is on one for all of them."""
+        return UnsupportedError if side is self.target else UsageError
 
     def make_plan(self, source_address: Address, target: Target) -> Plan:
         """Make a plan."""

@@ -2,8 +2,8 @@
 Which files are to become equal to which?
 
 Everything that can be wrong with the names of many files is found here and in :mod:`.tree`, before the first of them is
-touched. What is a file on one side and a folder (or anything else) on the other is refused, and so is a file that would
-be written to twice, or while it is read, since it has another name.
+touched. What is a file on one side and a folder (or anything else) on the other is refused, and so is what would be
+written to under two names, or read under one and written to under another one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pdiffcopy.address import Address
+from pdiffcopy.blocks import FileInfo
 from pdiffcopy.client.places import find_kind, join
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.entries import Entry, Kind
-from pdiffcopy.exceptions import FileMissingError, ProgramError, UsageError
+from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, ProgramError, UsageError
+from pdiffcopy.files.identity import share_machine
 from pdiffcopy.replica import Replica
 
 logger = logging.getLogger(__name__)
-
 
 _FOLDER = "{label} is a folder, and there are several sources: bring it into line by itself, with -r"
 
@@ -39,22 +40,25 @@ class Chosen(NamedTuple):
 class Selection:
     """What was chosen, and what wasn't."""
 
-    def __init__(self, sources: Sequence[Address], target: Address, is_tree: bool):
+    def __init__(self, sources: Sequence[Address], target: Address, is_tree: bool, replaces: bool = False):
         """
         Initialize a selection in which there is nothing.
 
         :param sources: Files, or one folder.
         :param target: The folder for them.
         :param is_tree: Whether there is one folder.
+        :param replaces: Whether new files take the place of those in the target.
         """
-        self.target, self.is_tree = _strip(target), is_tree
+        self.target, self.is_tree, self.replaces = _strip(target), is_tree, replaces
         self.root = _strip(sources[0])
         self.sources = {} if is_tree else {os.path.basename(source.filename): source for source in sources}
         self.files: list[Chosen] = []
+        self.twins: list[tuple[Chosen, str]] = []
+        """Files that were the same as another one in the target, and the name of that one: their turn comes last."""
         self.folders: list[Chosen] = []
         """The folder and those below it, each before what is in it."""
-        self.unreadable: list[str] = []
-        """What the source has, and doesn't let anybody look at."""
+        self.failed: dict[str, ProgramError] = {}
+        """Folders that can't be looked at, or made."""
         self.skipped: Counter[str] = Counter()
         """How many things of which kind were left out, and how many files were excluded."""
         self._read: dict[str, str] = {}
@@ -65,36 +69,62 @@ class Selection:
         self.skipped[why] += 1
         logger.log(logging.INFO - 1, "Left out: %s (%s)", name, why)
 
+    def fail(self, name: str, address: Address) -> None:
+        """Remember that something can't be looked at, on one side or the other."""
+        text = "Can't list {label}: Permission denied (--exclude leaves it out)"
+        self.failed[name] = FileForbiddenError(text, label=str(address))
+
+    def choose_folder(self, folder: Chosen, source_id: str, target_id: str) -> None:
+        """
+        Choose a folder.
+
+        :param source_id: Which one it is (see :class:`.FileInfo`).
+        :param target_id: Which one that of the target is (empty if there's none).
+        :raises: :exc:`.UsageError` when the target has one folder where the source has two.
+        """
+        if other := self._note(folder.name, source_id, target_id):
+            self._refuse(folder.name, other[0])
+        self.folders.append(folder)
+
     def choose(self, file: Chosen, source_id: str, target_id: str) -> None:
         """
-        Choose a file, unless another name of it is chosen on both sides.
+        Choose a file.
 
-        :param source_id: Which file it is, if it may have other names (see :class:`.FileInfo`).
-        :param target_id: Which file that of the target is.
+        :param source_id: Which one it is, if it may have other names (see :class:`.FileInfo`).
+        :param target_id: Which one that of the target is.
         :raises: :exc:`.UsageError` when the target has one file where the source has two.
         """
-        if target_id:
-            other, other_id = self._written.setdefault(target_id, (file.name, source_id))
-            if other != file.name:
-                if source_id and source_id == other_id:
-                    self.skip(file.name, "hard link")
-                    return
-                text = "{name} and {other} are one file in {target}, and two in the source: remove one of them there"
-                raise UsageError(text, name=file.name, other=other, target=str(self.target))
+        if not (other := self._note(file.name, source_id, target_id)):
+            self.files.append(file)
+        elif self.replaces or source_id == other[1] != "":
+            self.twins.append((file, other[0]))
+        else:
+            self._refuse(file.name, other[0])
+
+    def _note(self, name: str, source_id: str, target_id: str) -> tuple[str, str] | None:
+        """Remember what is read and written, and tell under which other name the same is written (and what that is)."""
         if source_id:
-            self._read.setdefault(source_id, file.name)
-        self.files.append(file)
+            self._read.setdefault(source_id, name)
+        if not target_id:
+            return None
+        other = self._written.setdefault(target_id, (name, source_id))
+        return other if other[0] != name else None
+
+    def _refuse(self, name: str, other: str) -> None:
+        text = "{name} and {other} are one in {target}, and two in the source: remove one of them there"
+        raise UsageError(text, name=name, other=other, target=str(self.target))
 
     def check(self) -> None:
         """
-        Refuse a file that would be written to as one, and read as another.
+        Refuse what would be written to as one thing, and read as another.
 
         :raises: :exc:`.UsageError` for the first one.
         """
         for target_id, (name, source_id) in self._written.items():
             if target_id in self._read and target_id != source_id:
-                text = "{name} in {target} is the source of {other}: remove it there"
-                raise UsageError(text, name=name, target=str(self.target), other=self._read[target_id])
+                ours, theirs = self.locate(self._read[target_id])[0], self.locate(name)[1]
+                text = "The target {theirs} is the source {ours}: exclude it, or choose another target"
+                raise UsageError(text, theirs=str(theirs), ours=str(ours))
 
     @property
     def size(self) -> int:
@@ -115,55 +145,64 @@ def _strip(folder: Address) -> Address:
     return folder._replace(filename=folder.filename.rstrip("/") or "/")
 
 
-def select_files(sources: Sequence[Address], target: Address, servers: Servers) -> Selection:
+def select_files(sources: Sequence[Address], target: Address, servers: Servers, replaces: bool = False) -> Selection:
     """
     Choose several files. They go into one folder, which is created where it's missing.
 
+    :param replaces: Whether new files take the place of those in the target.
     :raises: :exc:`.UsageError` for folders, for two files of one name, and for what is no file in the target.
     """
     for source in sources:
         if source.filename.endswith("/"):
             raise UsageError(_FOLDER, label=str(source))
-    selection = Selection(sources, target, is_tree=False)
+    selection = Selection(sources, target, False, replaces)
     if len(selection.sources) < len(sources):
         names = Counter(os.path.basename(source.filename) for source in sources)
         text = "Two of the sources are called {name}, and there can be only one of them in {target}"
         raise UsageError(text, name=names.most_common(1)[0][0], target=str(target))
-    there = {entry.name: entry for entry in _list_target(servers.open(selection.target), selection)}
-    found = {name: _look(source, servers) for name, source in selection.sources.items()}
+    there = _list_target(servers.open(selection.target), selection)
+    found = {name: _look(servers.open(source), _FOLDER) for name, source in selection.sources.items()}
     # Elsewhere no name leads to a source, and where no file has several names, they're all different.
-    is_one_machine = any(source.origin == target.origin for source in sources)
-    may_coincide = is_one_machine or any(entry.kind is Kind.LINK or entry.file_id for entry in there.values())
-    for name, (size, source_id) in found.items():
-        target_id = _look(join(selection.target, name), servers)[1] if may_coincide and name in there else ""
-        selection.choose(Chosen(size, name), source_id, target_id)
+    folder = there.pop("", Entry("", Kind.MISSING))
+    is_one_machine = any(share_machine(info.file_id, folder.file_id) for info in found.values())
+    may_coincide = is_one_machine or any(entry.kind is not Kind.FILE or entry.file_id for entry in there.values())
+    for name, info in found.items():
+        target_id = _identify_target(join(selection.target, name), servers) if may_coincide and name in there else ""
+        selection.choose(Chosen(info.size, name), info.file_id, target_id)
     selection.check()
     return selection
 
 
-def _list_target(target: Replica, selection: Selection) -> Iterator[Entry]:
-    """Tell what is called like the sources in the target."""
+def _list_target(target: Replica, selection: Selection) -> dict[str, Entry]:
+    """Tell what is called like the sources in the target, and of the target itself (under an empty name)."""
     entries = target.entries(1)
     try:
         folder = next(entries)
     except FileMissingError:
-        return  # an old server says no when their turn comes
+        return {}  # an old server says no when their turn comes
     if folder.kind not in (Kind.FOLDER, Kind.MISSING):
         raise UsageError("{label} is no folder, and there are several sources", label=target.label)
-    for entry in entries:
-        if entry.name in selection.sources:
-            if entry.kind is Kind.FOLDER:
-                raise UsageError("{name} is a folder in {label}", name=entry.name, label=target.label)
-            yield entry
+    there = {entry.name: entry for entry in entries if entry.name in selection.sources}
+    for name, entry in there.items():
+        if entry.kind is Kind.FOLDER:
+            raise UsageError("{name} is a folder in {label}", name=name, label=target.label)
+    return {"": folder, **there}
 
 
-def _look(address: Address, servers: Servers) -> tuple[int, str]:
-    """Tell the size of a file, and which one it is. What can't be looked at fails when its turn comes."""
-    replica = servers.open(address)
+def _look(replica: Replica, if_folder: str) -> FileInfo:
+    """Look at a file. What can't be looked at fails when its turn comes, unless it's a folder."""
     try:
-        info = replica.info()[0]
-        return info.size, info.file_id
+        return replica.info()[0]
     except ProgramError:
         if find_kind(replica) is Kind.FOLDER:
-            raise UsageError(_FOLDER, label=str(address)) from None
-        return 0, ""
+            raise UsageError(if_folder, label=replica.label) from None
+        return FileInfo(False)
+
+
+def _identify_target(address: Address, servers: Servers) -> str:
+    replica = servers.open(address)
+    info = _look(replica, "{label} is a folder, and there are several sources")
+    if not info.exists and find_kind(replica) is Kind.MISSING:
+        # It would become a file as soon as another source has been copied to what it leads to.
+        raise UsageError("{label} is a link that leads to nothing: remove it", label=str(address))
+    return info.file_id

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.places import find_kind
@@ -28,24 +28,29 @@ class Rule(NamedTuple):
     """A pattern for names below the folder. ``*`` stands for any characters, slashes too."""
 
 
-def select_tree(source: Address, target: Address, rules: Sequence[Rule], servers: Servers) -> Selection:
+def select_tree(
+    source: Address, target: Address, rules: Sequence[Rule], servers: Servers, replaces: bool = False
+) -> Selection:
     """
     Choose the files below a folder.
 
-    :raises: :exc:`.UsageError` when a server is too old to list a folder, for what is a file on one side only, and when
-             one of the folders lies in the other one.
+    :param replaces: Whether new files take the place of those in the target.
+    :raises: :exc:`.UsageError` when a server is too old to list a folder, for what is a file on one side only, and for
+             what would be read as one thing and written to as another.
     """
-    selection = Selection([source], target, is_tree=True)
+    selection = Selection([source], target, True, replaces)
     replicas = servers.open(selection.root), servers.open(selection.target)
     for replica in replicas:
         find_kind(replica, "-r")
     ours, theirs = (replica.entries(MAX_DEPTH) for replica in replicas)
-    roots = next(ours), next(theirs)
-    _check_roots(*roots, selection)
-    selection.folders.append(Chosen(0, "", roots[1].kind is Kind.MISSING))
+    root, other_root = next(ours), next(theirs)
+    _check_roots(root, other_root, selection)
     chooser = _Chooser(rules, selection)
-    for entry, there in match(_outside(roots[1], ours, selection), _outside(roots[0], theirs, selection)):
+    chooser.choose(root, other_root)
+    for entry, there in match(ours, theirs):
         chooser.look_at(entry, there)
+    if other_root.kind is Kind.MISSING:
+        chooser.check_new(selection.target)
     selection.check()
     return selection
 
@@ -59,28 +64,6 @@ def _check_roots(ours: Entry, theirs: Entry, selection: Selection) -> None:
             raise UsageError("{label} is a {kind}, and -r takes folders", label=label, kind=entry.kind.value)
     if ours.file_id == theirs.file_id != "":
         raise UsageError("The source and the target are the same folder: {label}", label=source)
-    if theirs.kind is Kind.MISSING and _leads_into(selection.target, selection.root):
-        _refuse_nesting(selection)
-
-
-def _leads_into(inner: Address, outer: Address) -> bool:
-    """Whether a name seems to lead into a folder."""
-    resolve = os.path.realpath if inner.is_near else os.path.normpath
-    folder = resolve(outer.filename).rstrip("/")
-    return inner.origin == outer.origin and resolve(inner.filename).startswith(f"{folder}/")
-
-
-def _outside(other: Entry, entries: Iterator[Entry], selection: Selection) -> Iterator[Entry]:
-    """Pass on what lies in a folder, as long as it isn't the other one: a run must not read what it writes."""
-    for entry in entries:
-        if entry.file_id == other.file_id != "":
-            _refuse_nesting(selection)
-        yield entry
-
-
-def _refuse_nesting(selection: Selection) -> NoReturn:
-    text = "One of {source} and {target} lies in the other one: name folders that don't"
-    raise UsageError(text, source=str(selection.root), target=str(selection.target))
 
 
 def match(ours: Iterator[Entry], theirs: Iterator[Entry]) -> Iterator[tuple[Entry, Entry]]:
@@ -90,8 +73,6 @@ def match(ours: Iterator[Entry], theirs: Iterator[Entry]) -> Iterator[tuple[Entr
         while other and other.place < entry.place:
             other = next(theirs, None)
         yield entry, other if other and other.place == entry.place else Entry(entry.name, Kind.MISSING)
-    for _ in theirs:
-        pass  # all of it is looked at by those who made the listing
 
 
 class _Chooser:
@@ -101,43 +82,67 @@ class _Chooser:
         self.rules, self.selection = rules, selection
         self.pending: list[tuple[Entry, Entry]] = []
         """The excluded folders in which the current entry lies: they are needed if anything in them is chosen."""
+        self.closed = Entry("", Kind.MISSING)
+        """The last folder of the target that may not be read: nothing in it is chosen."""
 
     def look_at(self, entry: Entry, there: Entry) -> None:
         """Choose what is an entry of the source, or don't."""
-        self._leave(entry.place)
-        if entry.kind not in (Kind.FILE, Kind.FOLDER, Kind.UNREADABLE):
+        while self.pending and not _lies_in(entry, self.pending[-1][0]):
+            self.pending.pop()
+        if entry.kind is Kind.UNREADABLE:
+            self._judge_unreadable(entry.name)
+        elif entry.kind not in (Kind.FILE, Kind.FOLDER):
             self.selection.skip(entry.name, entry.kind.value)
         elif self._is_included(entry.name):
             for ancestor in self.pending:
-                self._choose(*ancestor)
+                self.choose(*ancestor)
             self.pending.clear()
-            self._choose(entry, there)
+            self.choose(entry, there)
         elif entry.kind is Kind.FILE:
             self.selection.skip(entry.name, "excluded")
-        elif entry.kind is Kind.FOLDER:
+        else:
             self.pending.append((entry, there))
-
-    def _leave(self, place: tuple[bytes, ...]) -> None:
-        """Leave the folders in which the next entry doesn't lie."""
-        while self.pending and (folder := self.pending[-1][0].place) != place[: len(folder)]:
-            self.pending.pop()
 
     def _is_included(self, name: str) -> bool:
         return next((rule.includes for rule in self.rules if fnmatchcase(name, rule.glob)), True)
 
-    def _choose(self, entry: Entry, there: Entry) -> None:
+    def _judge_unreadable(self, name: str) -> None:
+        """Leave out a folder that the user doesn't want. What might be chosen in any other one can't be known."""
+        for rule in self.rules:
+            if rule.includes:
+                break
+            if fnmatchcase(name, rule.glob) or fnmatchcase(f"{name}/", rule.glob):
+                self.selection.skip(name, Kind.UNREADABLE.value)
+                return
+        self.selection.fail(name, self.selection.locate(name)[0])
+
+    def choose(self, entry: Entry, there: Entry) -> None:
+        """Choose a file or a folder."""
         selection = self.selection
-        if entry.kind is Kind.UNREADABLE:
-            selection.unreadable.append(entry.name)
+        if self.closed.name and _lies_in(entry, self.closed):
+            selection.fail(self.closed.name, selection.locate(self.closed.name)[1])
             return
-        if there.kind not in (entry.kind, Kind.MISSING, Kind.UNREADABLE):
+        if there.kind is Kind.UNREADABLE:
+            self.closed = there
+        elif there.kind not in (entry.kind, Kind.MISSING):
             text = "{name} is a {kind} in {source}, and a {other} in {target}: move one of them away"
             raise UsageError(
                 text, name=entry.name, kind=entry.kind.value, source=str(selection.root), other=there.kind.value,
                 target=str(selection.target),
             )  # fmt: skip
-        chosen = Chosen(entry.size, entry.name, there.kind is Kind.MISSING)
-        if entry.kind is Kind.FILE:
-            selection.choose(chosen, entry.file_id, there.file_id)
-        else:
-            selection.folders.append(chosen)
+        choose = selection.choose if entry.kind is Kind.FILE else selection.choose_folder
+        choose(Chosen(entry.size, entry.name, there.kind is Kind.MISSING), entry.file_id, there.file_id)
+
+    def check_new(self, target: Address) -> None:
+        """Refuse a new folder in the source that the next run would copy into itself."""
+        source = self.selection.root
+        resolve = os.path.realpath if target.is_near else os.path.normpath
+        inner, outer = (os.path.join(resolve(folder.filename), "") for folder in (target, source))
+        if source.origin == target.origin and inner.startswith(outer) and self._is_included(inner[len(outer) : -1]):
+            text = "{target} lies in {source}: choose another place, or exclude it"
+            raise UsageError(text, target=str(target), source=str(source))
+
+
+def _lies_in(entry: Entry, folder: Entry) -> bool:
+    place = folder.place
+    return entry.place[: len(place)] == place

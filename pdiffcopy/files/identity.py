@@ -21,6 +21,11 @@ def identify(status: os.stat_result) -> str:
     return f"{number}@{_get_boot_id()}"
 
 
+def share_machine(identity: str, other: str) -> bool:
+    """Whether two files are known to be on one machine, by what :func:`identify` tells of them."""
+    return identity.partition("@")[2] == other.partition("@")[2] != ""
+
+
 @cache
 def _get_boot_id() -> str:
     """A random word that the kernel chooses when it starts (random(4))."""
