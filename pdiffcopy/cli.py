@@ -183,7 +183,7 @@ import logging
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from humanfriendly.terminal import usage
@@ -285,11 +285,11 @@ def _run_files(client: Client, as_json: bool) -> None:
     if client.benchmark:
         raise UsageError("--benchmark takes one source, which is a file")
     summary = Summary()
-    with Spool(as_json) as files:
-        for file in client.run_files(summary):
+    ended: Any = client.run_files(summary)
+    with Spool(as_json, summary.as_dict) as files, closing(ended):  # so nothing goes on while it's printed
+        for file in ended:
             files.add(file.as_dict)
         logger.log(logging.WARNING if summary.reservations else logging.INFO, "%s", summary)
-        files.print(summary.as_dict())
     summary.check()
 
 
