@@ -183,7 +183,7 @@ import logging
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from humanfriendly.terminal import usage
@@ -191,6 +191,7 @@ from humanfriendly.terminal import usage
 from pdiffcopy import __version__
 from pdiffcopy.console import (
     EndingSignal,
+    describe_end,
     fail,
     heed_signals,
     ignore_signals,
@@ -198,10 +199,11 @@ from pdiffcopy.console import (
     log_messages,
     open_standard_streams,
     print_json,
+    promise_json,
     show_traceback,
 )
-from pdiffcopy.exceptions import DependencyError, ProgramError, UsageError, describe_error
-from pdiffcopy.options import parse_arguments, select
+from pdiffcopy.exceptions import DependencyError, UsageError
+from pdiffcopy.options import parse_arguments, seems_to_want_json, select
 from pdiffcopy.security import load_token, warn_of_eavesdroppers
 
 if TYPE_CHECKING:
@@ -215,20 +217,16 @@ __all__ = ["main", "run_client", "run_server"]
 def main() -> NoReturn:
     """The command line interface."""
     open_standard_streams()
+    promise_json(seems_to_want_json(sys.argv[1:]))  # until it's known
     try:
         heed_signals()
         log_messages()
         _run(sys.argv[1:])
         sys.stdout.flush()
         message, status = "", 0
-    except EndingSignal as e:
-        message, status = e.describe()
-    except ProgramError as e:
-        message, status = str(e), e.exit_code
-        show_traceback()
-    except Exception as e:
-        message, status = f"{describe_error(e)} (-v shows where)", 1
-        show_traceback()
+    except (EndingSignal, Exception) as e:
+        message, status = describe_end(e)
+        show_traceback(e)
     ignore_signals()  # what comes now would only hide how it ended
     if status:
         fail(message, status)
@@ -237,6 +235,7 @@ def main() -> NoReturn:
 
 def _run(arguments: list[str]) -> None:
     options, locations = parse_arguments(arguments)
+    promise_json("--json" in options)
     if "--help" in options:
         usage(__doc__ or "")
     elif "--version" in options:
@@ -286,11 +285,11 @@ def _run_files(client: Client, as_json: bool) -> None:
     if client.benchmark:
         raise UsageError("--benchmark takes one source, which is a file")
     summary = Summary()
-    with Spool(as_json) as files:
-        for file in client.run_files(summary):
+    ended: Any = client.run_files(summary)
+    with Spool(as_json, summary.as_dict) as files, closing(ended):  # so nothing goes on while it's printed
+        for file in ended:
             files.add(file.as_dict)
         logger.log(logging.WARNING if summary.reservations else logging.INFO, "%s", summary)
-        files.print(summary.as_dict())
     summary.check()
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import coloredlogs
 
-from pdiffcopy.exceptions import FileError, ProgramError, printable
+from pdiffcopy.exceptions import FileError, ProgramError, describe_error, printable
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,13 @@ class EndingSignal(KeyboardInterrupt):
         super().__init__(number)
         self.number = number
 
-    def describe(self) -> tuple[str, int]:
-        """What to say, and the exit code (as a shell has it)."""
-        return _SIGNALS[signal.Signals(self.number)], 128 + self.number
-
 
 _SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 _HEARD = (*_SIGNALS, signal.SIGALRM)
 """What the program hears: an alarm is one of these that arrives again."""
 _is_ending = False
-_has_printed = False
-"""Whether a JSON object was printed, which is the only one then."""
+_is_json_due = False
+"""Whether a JSON object has to be printed, whatever happens. (There's only one.)"""
 
 
 def open_standard_streams() -> None:
@@ -114,7 +110,7 @@ def _end(number: int, frame: Any) -> NoReturn:
         _let_go_of_terminal()
     if _is_ending:
         ignore_signals()
-        os._exit(fail(*EndingSignal(number).describe()))
+        os._exit(fail(*describe_end(EndingSignal(number))))
     _is_ending = True
     raise EndingSignal(number)
 
@@ -137,6 +133,12 @@ def _hear_again(unraisable: Any) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
+def promise_json(is_promised: bool) -> None:
+    """Let it be known whether another program reads a JSON object from stdout, so that it gets one in any case."""
+    global _is_json_due
+    _is_json_due = is_promised
+
+
 def print_json(document: dict[str, Any]) -> None:
     """Print what other programs want to know. They have to get all of it, or to learn that they didn't."""
     with printing():
@@ -146,8 +148,7 @@ def print_json(document: dict[str, Any]) -> None:
 @contextmanager
 def printing() -> Iterator[None]:
     """Let it be known when what a program wants to know doesn't get to it, and print nothing of that kind again."""
-    global _has_printed
-    _has_printed = True
+    promise_json(False)
     try:
         yield
     except OSError as e:
@@ -158,7 +159,7 @@ def printing() -> Iterator[None]:
 
 def fail(message: str, status: int) -> int:
     """Say why the program ends, in a line and (if it's wanted) as a JSON object, and return the exit code."""
-    if "--json" in sys.argv[1:] and not _has_printed:
+    if _is_json_due:
         with suppress(ProgramError, RuntimeError):  # the latter when a signal has interrupted just that
             print_json({"error": message, "exit_code": status})
     with suppress(OSError):
@@ -166,10 +167,19 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def show_traceback() -> None:
+def describe_end(reason: BaseException) -> tuple[str, int]:
+    """What to say of what ends the program, and the exit code."""
+    if isinstance(reason, EndingSignal):
+        return _SIGNALS[signal.Signals(reason.number)], 128 + reason.number  # as a shell has it
+    if isinstance(reason, ProgramError):
+        return str(reason), reason.exit_code
+    return f"{describe_error(reason)} (-v shows where)", 1
+
+
+def show_traceback(reason: BaseException) -> None:
     """Print where an error comes from, if the user wants to know."""
-    if logger.isEnabledFor(logging.INFO - 1):
-        traceback.print_exc()
+    if logger.isEnabledFor(logging.INFO - 1) and not isinstance(reason, EndingSignal):
+        traceback.print_exception(reason)
 
 
 def leave(status: int) -> NoReturn:

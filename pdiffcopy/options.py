@@ -10,6 +10,7 @@ import getopt
 import re
 import threading
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import coloredlogs
@@ -173,6 +174,11 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         for option in {"--exclude": ("--include",), "--archive": ARCHIVE}.get(name, (name,)):
             options[option] = options.get(option, ()) + parsed if isinstance(parsed, tuple) else parsed
     return options, locations
+
+
+def seems_to_want_json(arguments: list[str]) -> bool:
+    """Guess whether ``--json`` is given (or what it's short for), without making sense of anything else."""
+    return any(len(argument) > 2 and "--json".startswith(argument) for argument in takewhile("--".__ne__, arguments))
 
 
 def select(options: dict[str, Any], side: str) -> dict[str, Any]:

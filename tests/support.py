@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +32,17 @@ DISKS = {"ext4": 64 * 2**20, "xfs": 320 * 2**20, "btrfs": 128 * 2**20}
 
 
 def find_free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """
+    A TCP port on loopback that nobody listens on.
+
+    It's none of those that outgoing connections get: one of another test could take it before a server does.
+    """
+    outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in (*random.SystemRandom().sample(range(outgoing // 2, outgoing), 20), 0):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return sock.getsockname()[1]
+    raise AssertionError("all ports are taken")
 
 
 def wait_for(condition, timeout: float = STARTUP_TIMEOUT, what: str = "something"):
@@ -170,6 +177,15 @@ def _children(pid: int) -> list[int]:
         if int(parent) == pid and state != "Z":
             children.append(int(path.parent.name))
     return children
+
+
+def read_links(pid: int) -> list[str]:
+    """What the descriptors of a process stand for."""
+    links = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return links
 
 
 def is_alive(pid: int) -> bool:

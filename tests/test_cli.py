@@ -303,6 +303,27 @@ def test_json_tells_of_every_failure(arguments):
     assert error_lines(result) == [f"pdiffcopy: {document['error']}"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_wanted"),
+    [
+        (["--js", "/missing", "/tmp/x/y"], True),
+        (["--json", "--", "/missing", "/tmp/x/y"], True),
+        (["--", "--json", "/tmp/x/y"], False),
+        (["--token-file", "--json", "/missing", "/tmp/x/y"], False),
+        (["--nonsense", "--jso"], True),
+        (["--nonsense", "--", "--json"], False),
+        (["--block-size", "--json"], True),
+    ],
+)
+def test_json_is_for_those_who_want_it(arguments, is_wanted):
+    """What counts is what the options say, or seem to say where they make no sense."""
+    result = run_pdiffcopy(*arguments)
+    assert result.returncode == 1
+    assert bool(result.stdout) == is_wanted
+    (line,) = error_lines(result)
+    assert not is_wanted or line == f"pdiffcopy: {json.loads(result.stdout)['error']}"
+
+
 def test_report_that_can_not_be_written_is_an_error(files):
     """A full disk would have another program take nothing for an answer."""
     with open("/dev/full", "w") as full:

@@ -45,7 +45,7 @@ def find_place(job: Job) -> Job:
     """
     source, target = job.source_address, job.target_address
     name = os.path.basename(source.filename)
-    if target.filename.endswith("/") and name:
+    if target.filename.endswith(("/", "/.", "/..")) and name:
         job = Job(source, join(target, name), job.options, job.servers, job.is_given)
     try:
         job.look(writes=not job.options.dry_run)

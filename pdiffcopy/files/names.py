@@ -176,11 +176,15 @@ def _check_place(filename: str, namespace: Namespace) -> None:
     """
     Refuse to create what would be no file.
 
-    A name below /dev that doesn't exist is a device that is missing: a file there would be in memory. Where the kernel
-    makes up the files, a folder that is made may have a meaning.
+    Where there's no folder, nothing lies above it: the kernel doesn't follow ``..`` there, and a folder made for that
+    would stay. A name below /dev that doesn't exist is a device that is missing: a file there would be in memory. Where
+    the kernel makes up the files, a folder that is made may have a meaning.
     """
     fd, name = _open_nearest(filename, namespace)
     try:
+        if ".." in filename.removeprefix(name).split("/"):
+            text = "Can't create {filename}: .. is behind a folder that doesn't exist, write the path without it"
+            raise FileMissingError(text, filename=filename)
         check_folder(fd, filename, exists=name == filename)
     finally:
         os.close(fd)

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,6 +31,7 @@ from tests.support import (
     exchange,
     find_free_port,
     is_alive,
+    read_links,
     run_pdiffcopy,
     serve_https,
     wait_for,
@@ -134,11 +135,7 @@ def test_who_does_not_read_is_given_up(impatient, tmp_path, wanted):
 
 def is_open(pid: int, path: Path) -> bool:
     """Whether a process has a file open."""
-    found = []
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(FileNotFoundError):
-            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
-    return str(path) in found
+    return str(path) in read_links(pid)
 
 
 def test_stalled_clients_do_not_keep_others_waiting(impatient, path):
