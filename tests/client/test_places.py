@@ -52,7 +52,7 @@ def test_dots_at_the_end_stand_for_a_folder(folder, place_of, options, target, p
 @pytest.mark.parametrize("options", [[], ["--atomic"], ["-r"]], ids=["plain", "atomic", "folder"])
 def test_what_is_missing_has_nothing_above_it(folder, place_of, options, target):
     """One line says so, and no folder is left behind."""
-    source = folder / "there" if "-r" in options else folder / "source"
+    source = folder / "there" / "inner" if "-r" in options else folder / "source"
     result = run_pdiffcopy(*options, source, place_of(f"{folder}/{target}"))
     assert result.returncode == 1
     (line,) = error_lines(result)
