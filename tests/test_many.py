@@ -153,12 +153,12 @@ def test_several_sources_with_an_option_for_folders(tmp_path, place, option):
 
 
 @pytest.mark.parametrize("options", [(), ("-r",), ("-a",)])
-def test_rules_without_a_folder_are_refused(tmp_path, place, options):
+def test_rules_without_a_folder_are_refused(tmp_path, options):
     """They would be of no use, and whoever gives them expects that they are."""
     sources = make_tree(tmp_path / "sources", a=1, b=2)
     for names in (["a"], ["a", "b"]):
         paths = [sources / name for name in names]
-        result = run_pdiffcopy(*options, "--exclude=a", *place(*paths, tmp_path / "target"))
+        result = run_pdiffcopy(*options, "--exclude=a", *paths, tmp_path / "target")
         (line,) = error_lines(result)
         assert result.returncode == 1 and "--exclude choose among the files of a folder" in line
     assert not (tmp_path / "target").exists()

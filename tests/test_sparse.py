@@ -144,8 +144,14 @@ def test_page_that_changes_between_holes(server, one_disk, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("before", ["missing", "", "c", "xxxxxx", "000000", "------"])
-@pytest.mark.parametrize("options", [(), ("--whole-file",), ("--atomic",)])
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [
+        *((before, ()) for before in ("missing", "", "c", "xxxxxx", "000000", "------")),
+        ("xxxxxx", ("--whole-file",)),
+        ("missing", ("--atomic",)),
+    ],
+)
 def test_zeros_become_holes_when_asked_for(server, one_disk, direction, before, options):
     """All blocks of zeros, whether they took room in the source or not."""
     source, target = one_disk / "source", one_disk / "target"
