@@ -83,7 +83,7 @@ class Selection:
         :raises: :exc:`.UsageError` when the target has one folder where the source has two.
         """
         if other := self._note(folder.name, source_id, target_id):
-            self._refuse(folder.name, other[0])
+            raise self.make_clash(folder.name, other[0])
         self.folders.append(folder)
 
     def choose(self, file: Chosen, source_id: str, target_id: str) -> None:
@@ -99,7 +99,7 @@ class Selection:
         elif self.replaces or source_id == other[1] != "":
             self.twins.append((file, other[0]))
         else:
-            self._refuse(file.name, other[0])
+            raise self.make_clash(file.name, other[0])
 
     def _note(self, name: str, source_id: str, target_id: str) -> tuple[str, str] | None:
         """Remember what is read and written, and tell under which other name the same is written (and what that is)."""
@@ -110,9 +110,10 @@ class Selection:
         other = self._written.setdefault(target_id, (name, source_id))
         return other if other[0] != name else None
 
-    def _refuse(self, name: str, other: str) -> None:
+    def make_clash(self, name: str, other: str) -> UsageError:
+        """Say that the target has one thing where the source has two."""
         text = "{name} and {other} are one in {target}, and two in the source: remove one of them there"
-        raise UsageError(text, name=name, other=other, target=str(self.target))
+        return UsageError(text, name=name, other=other, target=str(self.target))
 
     def check(self) -> None:
         """

@@ -14,7 +14,7 @@ from pdiffcopy.client.job import concerns_one_file
 from pdiffcopy.client.selection import Selection
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.summary import FileReport
-from pdiffcopy.exceptions import ProgramError, UsageError
+from pdiffcopy.exceptions import ProgramError
 
 
 def part_twins(selection: Selection, servers: Servers, is_dry: bool) -> Iterator[FileReport]:
@@ -37,9 +37,7 @@ def part_twins(selection: Selection, servers: Servers, is_dry: bool) -> Iterator
         elif is_dry or not are_one[1]:
             selection.files.append(file)
         else:
-            text = "{name} and {other} are one in {target}, and two in the source: remove one of them there"
-            error = UsageError(text, name=file.name, other=other, target=str(selection.target))
-            yield FileReport(*selection.locate(file.name), error=error)
+            yield FileReport(*selection.locate(file.name), error=selection.make_clash(file.name, other))
 
 
 def _are_one(selection: Selection, side: int, name: str, other: str, servers: Servers) -> bool:
