@@ -27,6 +27,7 @@ from pdiffcopy.blocks import (
 from pdiffcopy.digests import METHOD
 from pdiffcopy.entries import MAX_DEPTH
 from pdiffcopy.exceptions import LengthRequiredError, RequestError, TooLargeError
+from pdiffcopy.extents import Extents, Packed, check_extents, choose_form
 from pdiffcopy.request import R, Request
 from pdiffcopy.words import (
     ACCOUNT,
@@ -35,15 +36,11 @@ from pdiffcopy.words import (
     FILE_ID,
     MAX_BLOCK_SIZE,
     MAX_CONCURRENCY,
-    MAX_EXTENTS,
     RUN,
-    Extents,
     Flag,
     Integer,
-    Packed,
     Text,
     Time,
-    check_extents,
     word,
 )
 
@@ -322,7 +319,8 @@ class SyncRequest(Request):
 
 
 def _place(extents: Sequence[Extent]) -> dict[str, Any]:
-    return {"extents" if len(extents) <= MAX_EXTENTS else "packed": tuple(extents)}
+    name, _ = choose_form(extents)
+    return {name: tuple(extents)}
 
 
 REQUESTS: tuple[type[Request], ...] = (

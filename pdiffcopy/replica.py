@@ -20,6 +20,7 @@ from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE, BlockDigest, Extent, Fil
 from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import ProgramError, ReplacedError, SourceChangedError
 from pdiffcopy.files.splice import Chunk
+from pdiffcopy.words import MAX_LINE
 
 
 class Reading(NamedTuple):
@@ -72,6 +73,11 @@ class Replica(ABC):
     """Whether dirty pages are written back before they are read, so that a later change through a mapping shows."""
     drop = False
     """Whether what wasn't in the page cache leaves it again when it has been read or written."""
+
+    @property
+    def url_room(self) -> int:
+        """How many characters of a URL the extents of a request about it may take (those of a near file need none)."""
+        return MAX_LINE
 
     def pinned(self, file_id: str, is_source: bool = False) -> Replica:
         """Return the same replica, but it has to be a certain file from now on."""

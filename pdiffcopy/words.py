@@ -7,15 +7,12 @@ of words. Whatever is wrong with one is a :exc:`.RequestError`, or as specific.
 
 from __future__ import annotations
 
-import base64
-import math
 import os
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
-from pdiffcopy.blocks import MAX_OFFSET, MAX_TIME, Extent, total_size
+from pdiffcopy.blocks import MAX_OFFSET, MAX_TIME
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import DamagedError, RequestError, TooLargeError, UsageError
 
@@ -23,15 +20,13 @@ DIGEST_HEADER = "Pdiffcopy-Digest"
 REQUEST_HEADER = "Pdiffcopy-Request"
 """The digest of the parameters of a request (:func:`.digest_query`): nothing gets written to the wrong place because a
 bit of an offset was damaged on its way. A server that knows the header answers 422 when it doesn't fit."""
+MAX_LINE = 8190
+"""How long the first line of a request may be, in characters. (Other servers in between mostly take 8 KiB.)"""
 ANSWER_HEADER = "Pdiffcopy-Answer"
 """Says to which request an answer belongs (:func:`.sign_answer`): one that was kept or repeated isn't believed."""
 
 MAX_BLOCK_SIZE = 1024**3
 """The largest block that one request may ask for or carry, in bytes."""
-MAX_EXTENTS = 128
-"""How many extents fit into one request (each takes some twenty characters of its URL)."""
-MAX_PACKED = 1024
-"""How many do in their packed form (each takes three or four characters)."""
 MAX_CONCURRENCY = 1024
 _MAX_PARAMETERS = 32
 
@@ -42,7 +37,7 @@ def check_concurrency(count: int) -> None:
         raise UsageError("The concurrency has to be from 1 to {limit}", limit=MAX_CONCURRENCY)
 
 
-_INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
+INTEGER = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
 class Text:
@@ -106,7 +101,7 @@ class Integer(Text):
 
     def read(self, name: str, text: str) -> int:
         """See :meth:`Text.read`."""
-        if not _INTEGER.fullmatch(text) or int(text) < self.minimum:
+        if not INTEGER.fullmatch(text) or int(text) < self.minimum:
             complaint = "The parameter {name} must be an integer of at least {minimum}, not {value}"
             raise RequestError(complaint, name=name, minimum=self.minimum, value=repr(text[:40]))
         if int(text) > self.maximum:
@@ -139,105 +134,6 @@ class Flag(Integer):
     def write(self, value: bool) -> str:
         """See :meth:`Text.write`."""
         return str(int(value))
-
-
-class Extents(Text):
-    """``OFFSET:SIZE,OFFSET:SIZE,...``"""
-
-    def read(self, name: str, text: str) -> tuple[Extent, ...]:
-        """See :meth:`Text.read`."""
-        items = text.split(",")
-        if len(items) > MAX_EXTENTS:
-            raise TooLargeError("A request may carry {maximum} extents at most", maximum=MAX_EXTENTS)
-        extents = []
-        for item in items:
-            offset, _, size = item.partition(":")
-            if not (_INTEGER.fullmatch(offset) and _INTEGER.fullmatch(size) and int(size)):
-                raise RequestError("{value} isn't an extent: write OFFSET:SIZE", value=repr(item[:80]))
-            extents.append(Extent(int(offset), int(size)))
-        check_extents(extents)
-        return tuple(extents)
-
-    def write(self, value: Sequence[Extent]) -> str:
-        """See :meth:`Text.write`."""
-        return ",".join(f"{extent.offset}:{extent.size}" for extent in value)
-
-
-class Packed(Text):
-    """
-    Many extents in a few characters each, in ascending order.
-
-    In base64url without padding (RFC 4648) there are numbers of 7 bits a byte, the lowest bits first, with the highest
-    bit of each byte but the last one set (LEB128): the unit in bytes, and for each extent its distance from the end of
-    the one before and its size, both in units. The last size is rounded up, and the last number says by how many bytes.
-    """
-
-    def __init__(self, most: int = MAX_BLOCK_SIZE):
-        """:param most: How many bytes they may have together."""
-        self.most = most
-
-    def read(self, name: str, text: str) -> tuple[Extent, ...]:
-        """See :meth:`Text.read`."""
-        try:
-            unit, *pairs, surplus = _read_numbers(base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True))
-        except ValueError:
-            raise RequestError("The packed extents are malformed") from None
-        if len(pairs) > 2 * MAX_PACKED:
-            raise TooLargeError("A request may carry {maximum} packed extents at most", maximum=MAX_PACKED)
-        if len(pairs) % 2 or not unit or not pairs or not all(pairs[1::2]) or surplus >= unit:
-            raise RequestError("The packed extents are malformed")
-        extents, end = [], 0
-        for distance, size in zip(pairs[::2], pairs[1::2], strict=True):
-            extents.append(Extent(end + distance * unit, size * unit))
-            end += (distance + size) * unit
-        extents[-1] = Extent(extents[-1].offset, extents[-1].size - surplus)
-        check_extents(extents, self.most)
-        return tuple(extents)
-
-    def write(self, value: Sequence[Extent]) -> str:
-        """See :meth:`Text.write`."""
-        if not value:
-            return ""
-        last = value[-1].size
-        unit = math.gcd(*(offset for offset, _ in value), *(size for _, size in value[:-1])) or last
-        numbers, end = [unit], 0
-        for offset, size in value:
-            numbers += [(offset - end) // unit, -(-size // unit)]
-            end = offset + -(-size // unit) * unit
-        numbers.append(-last % unit)
-        return base64.urlsafe_b64encode(b"".join(map(_write_number, numbers))).rstrip(b"=").decode("ascii")
-
-
-def _write_number(number: int) -> bytes:
-    found = bytearray()
-    while number > 127:
-        found.append(number & 127 | 128)
-        number >>= 7
-    found.append(number)
-    return bytes(found)
-
-
-def _read_numbers(data: bytes) -> list[int]:
-    numbers, number, shift = [], 0, 0
-    for byte in data:
-        number |= (byte & 127) << shift
-        shift += 7
-        if shift > 63:
-            raise ValueError("too large")
-        if byte < 128:
-            numbers.append(number)
-            number = shift = 0
-    if shift or len(numbers) < 2:
-        raise ValueError("it ends early")
-    return numbers
-
-
-def check_extents(extents: Sequence[Extent], most: int = MAX_BLOCK_SIZE) -> None:
-    """Refuse extents that reach beyond what a file can be, or that are together too large for a request."""
-    if any(extent.offset + extent.size > MAX_OFFSET for extent in extents):
-        raise TooLargeError("An extent reaches beyond {maximum}", maximum=MAX_OFFSET)
-    if total_size(extents) > most:
-        raise TooLargeError("A request may be about {maximum} bytes at most", maximum=most)
 
 
 FILE_ID = Word(r"[!-~]{1,80}", "{value} isn't the identity of a file")

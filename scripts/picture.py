@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "pdiffcopy"
 FLOORS: list[dict[str, str]] = [
     {"ground": r"|cores|exceptions|address|blocks|entries|digests|methods|security|pace"},
     {
-        "wire": r"words|features|request|protocol|bundles|wholes|answers|streams",
+        "wire": r"words|extents|features|request|protocol|bundles|wholes|answers|streams",
         "files": r"files(\..*)?",
         "processes": r"processes|mp",
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qs, quote_plus, urlencode
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pdiffcopy.blocks import MAX_OFFSET, MAX_TIME, Extent
 from pdiffcopy.entries import MAX_DEPTH
 from pdiffcopy.exceptions import DamagedError, LengthRequiredError, ProgramError, RequestError, TooLargeError
+from pdiffcopy.extents import EXTENT_LENGTH, MAX_EXTENTS, MAX_PACKED, Extents, Packed, choose_form, split
 from pdiffcopy.protocol import (
     REQUESTS,
     ClaimRequest,
@@ -28,11 +29,8 @@ from pdiffcopy.replica import Replica
 from pdiffcopy.words import (
     DIGEST_HEADER,
     MAX_BLOCK_SIZE,
-    MAX_EXTENTS,
-    MAX_PACKED,
     REQUEST_HEADER,
     Integer,
-    Packed,
     check_digest,
     check_query,
     parse_query,
@@ -370,6 +368,25 @@ def test_packed_extents_have_bounds():
     for extents in ((*most, Extent(MAX_PACKED * 2, 1)), (Extent(MAX_OFFSET, 1),), (Extent(0, MAX_BLOCK_SIZE + 1),)):
         with pytest.raises(TooLargeError):
             decode(ReadRequest, packed=Packed().write(extents))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1, max_size=600).map(lay_out),
+    st.integers(0, 4000),
+)
+def test_extents_are_split_where_a_url_has_no_room(extents, room):
+    """All of them are left, in their order, and no part takes more than there is, unless it is a single one."""
+    parts = list(split(extents, room))
+    assert tuple(extent for part in parts for extent in part) == extents
+    for part in parts:
+        assert len(part) == 1 or len(quote_plus(choose_form(part)[1].write(part))) <= room
+    assert len(parts) == 1 or len(quote_plus(choose_form(extents)[1].write(extents))) > room
+
+
+def test_largest_extent_takes_as_much_room_as_it_may():
+    """So it's known beforehand how many there is room for."""
+    largest = Extents().write([Extent(MAX_OFFSET, MAX_BLOCK_SIZE)] * 2)
+    assert len(quote_plus(largest)) + len(quote_plus(",")) == 2 * EXTENT_LENGTH
 
 
 @pytest.mark.parametrize("size", [0, 4095, 6000, 512 * 1024])

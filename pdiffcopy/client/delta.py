@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, find_layout, total_size
 from pdiffcopy.digests import digest_blockwise, digest_layout
 from pdiffcopy.exceptions import ProtocolError
-from pdiffcopy.words import MAX_EXTENTS
+from pdiffcopy.extents import MAX_EXTENTS
 
 BATCH_SIZE = 64 * 1024 * 1024
 """How many bytes one request moves at most: to make and to answer one takes as long as to move several MiB..."""

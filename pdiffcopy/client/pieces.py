@@ -16,14 +16,15 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
-from pdiffcopy.blocks import Extent, cut, total_size
+from pdiffcopy.blocks import Extent, count_blocks, cut, total_size
 from pdiffcopy.client.delta import Batch
 from pdiffcopy.client.plan import Plan
 from pdiffcopy.digests import digest_blockwise
+from pdiffcopy.extents import split
 from pdiffcopy.protocol import MAX_PIECES
 from pdiffcopy.replica import Replica
-from pdiffcopy.words import MAX_PACKED
 
 PIECE_SIZE = 16 * 1024
 """How many bytes a piece has (more where a request couldn't carry the digests of all of them)."""
@@ -95,7 +96,7 @@ def look_closely(plan: Plan, batch: Batch, source: Replica, target: Replica, jud
             return [batch]
     pieces = _look(plan, batch.extents, unit, source, target, judge)
     # If none differs any more, somebody is writing to one side: the batch moves as it was found.
-    return list(_make_batches(pieces, unit)) or [batch]
+    return list(_make_batches(pieces, unit, plan.url_room)) or [batch]
 
 
 def _choose_unit(plan: Plan, batch: Batch) -> int:
@@ -121,18 +122,15 @@ def _look(
     return differing
 
 
-def _make_batches(pieces: Sequence[tuple[Extent, str]], unit: int) -> Iterator[Batch]:
-    """Join neighbors, and put as many extents together as a request can carry."""
+def _make_batches(pieces: Sequence[tuple[Extent, str]], unit: int, room: int) -> Iterator[Batch]:
+    """Join neighbors, and put as many extents together as a request has room for."""
     extents: list[Extent] = []
-    digests: list[str] = []
-    for (offset, size), digest in pieces:
+    for (offset, size), _ in pieces:
         if extents and sum(extents[-1]) == offset:
             extents[-1] = Extent(extents[-1].offset, extents[-1].size + size)
         else:
-            if len(extents) == MAX_PACKED:
-                yield Batch(tuple(extents), digest=digest_blockwise(digests), unit=unit)
-                extents, digests = [], []
             extents.append(Extent(offset, size))
-        digests.append(digest)
-    if extents:
-        yield Batch(tuple(extents), digest=digest_blockwise(digests), unit=unit)
+    digests = (digest for _, digest in pieces)
+    for part in split(extents, room) if extents else ():
+        count = sum(count_blocks(size, unit) for _, size in part)
+        yield Batch(part, digest=digest_blockwise(islice(digests, count)), unit=unit)

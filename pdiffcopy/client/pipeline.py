@@ -51,10 +51,10 @@ from pdiffcopy.client.retry import Patience
 from pdiffcopy.client.servers import Replicas
 from pdiffcopy.digests import compute_digest, digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, SourceChangedError, TransientError, VerificationError
+from pdiffcopy.extents import split
 from pdiffcopy.files.stored import counted
 from pdiffcopy.methods import get_hasher
 from pdiffcopy.replica import Reading, Replica
-from pdiffcopy.words import MAX_PACKED
 
 SMALLEST_BATCH = 1024 * 1024
 """How many bytes are transferred as a whole, however often that fails."""
@@ -193,9 +193,8 @@ def _keep_holes(plan: Plan, batch: Batch, source: Replica, target: Replica) -> I
         yield batch
         return
     _fill(plan, holes, (), target)
-    data = list(subtract(batch.extents, holes))
-    for first in range(0, len(data), MAX_PACKED):
-        yield Batch(tuple(data[first : first + MAX_PACKED]))
+    if data := list(subtract(batch.extents, holes)):
+        yield from map(Batch, split(data, plan.url_room))
 
 
 class _Transfer:

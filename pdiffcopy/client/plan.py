@@ -10,9 +10,10 @@ from pdiffcopy.address import Address
 from pdiffcopy.blocks import FileInfo, Metadata
 from pdiffcopy.client.delta import Batch, Sparse
 from pdiffcopy.exceptions import UsageError
+from pdiffcopy.extents import MAX_EXTENTS
 from pdiffcopy.methods import find_method
 from pdiffcopy.pace import SLOW_RATE
-from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_EXTENTS, check_concurrency
+from pdiffcopy.words import MAX_BLOCK_SIZE, MAX_LINE, check_concurrency
 
 AUTO, FAST, COMMON = "auto", "blake3", "sha1"
 """The hash method that stands for FAST where both sides have that, and for COMMON otherwise."""
@@ -124,6 +125,9 @@ class Plan(NamedTuple):
     piece_size: int = 0
     """In how large pieces changed blocks are compared once more, in bytes (0: they aren't)."""
     max_extents: int = MAX_EXTENTS
+    """How many extents one request can carry."""
+    url_room: int = MAX_LINE
+    """How many characters they can take there."""
     largest_move: int = MAX_BLOCK_SIZE
     """How many bytes move in one go at most."""
     sparse: Sparse = Sparse.IGNORED

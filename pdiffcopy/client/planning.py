@@ -13,6 +13,7 @@ from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ReadOnlyError, UnsupportedError, UsageError
+from pdiffcopy.extents import EXTENT_LENGTH, MAX_EXTENTS
 from pdiffcopy.features import (
     FEATURE_ATOMIC,
     FEATURE_BLOCKWISE,
@@ -26,7 +27,6 @@ from pdiffcopy.features import (
 )
 from pdiffcopy.files.staging import is_new_version
 from pdiffcopy.replica import Replica
-from pdiffcopy.words import MAX_EXTENTS
 
 CHEAP = frozenset([digests.METHOD, FAST])
 """By which methods the target is digested sooner than the source is read once more."""
@@ -77,7 +77,12 @@ class Planner:
     @property
     def max_extents(self) -> int:
         """How many extents one request can carry."""
-        return MAX_EXTENTS if FEATURE_EXTENTS in self.common else 1
+        return min(MAX_EXTENTS, self._url_room // EXTENT_LENGTH) if FEATURE_EXTENTS in self.common else 1
+
+    @property
+    def _url_room(self) -> int:
+        """How many characters they can take there."""
+        return min(side.replica.url_room for side in (self.source, self.target))
 
     @property
     def makes_one_batch(self) -> bool:
@@ -105,6 +110,10 @@ class Planner:
         :param writes: Whether the target is going to be written to.
         """
         source, target = self.source, self.target
+        for side in (source, target):
+            if side.replica.url_room < EXTENT_LENGTH:
+                text = "{label}: this name is so long that a URL has no room for anything else"
+                raise FileForbiddenError(text, label=side.replica.label)
         if not target.info.resizable and target.info.size < source.info.size:
             text = "{label} is a block device of {size} bytes, and the source has {wanted}: that's too small"
             label = target.replica.label
@@ -182,6 +191,7 @@ class Planner:
             piece_size=self._choose_piece_size() if delta else 0,
             largest_move=options.largest_move,
             max_extents=self.max_extents,
+            url_room=self._url_room,
             sparse=sparse,
             grain=grain,
             has_holes=source.has_holes and sparse is not Sparse.IGNORED,

@@ -39,13 +39,8 @@ from pdiffcopy.blocks import (
 from pdiffcopy.client.delta import get_end, in_order
 from pdiffcopy.client.exchange import Answer, Server, make_foreign_error
 from pdiffcopy.entries import Entry, check_entries, skip_to
-from pdiffcopy.exceptions import (
-    FileMissingError,
-    ProtocolError,
-    RemoteError,
-    ReplacedError,
-    TransientError,
-)
+from pdiffcopy.exceptions import FileMissingError, ProtocolError, RemoteError, ReplacedError, TransientError
+from pdiffcopy.extents import MAX_EXTENTS, split
 from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME, FEATURE_SPARSE
 from pdiffcopy.protocol import (
     ClaimRequest,
@@ -69,7 +64,10 @@ from pdiffcopy.protocol import (
 from pdiffcopy.replica import Reading, Replica, Staged
 from pdiffcopy.request import R, Request
 from pdiffcopy.streams import DONE, decode_report, parse_checked, parse_entry, parse_hash, parse_hashes
-from pdiffcopy.words import MAX_EXTENTS, MAX_PACKED
+from pdiffcopy.words import MAX_LINE
+
+OTHER_WORDS = 512
+"""How many characters of the first line the words of a request take at most that are neither names nor extents."""
 
 
 class RemoteReplica(Replica):
@@ -89,6 +87,12 @@ class RemoteReplica(Replica):
         self.filename, self.within = filename, within
         self.label = str(server.get_address(filename))
         self._size: int | None = None
+
+    @property
+    def url_room(self) -> int:
+        """See :attr:`.Replica.url_room`."""
+        names = InfoRequest(filename=self.filename, within=self.within).encode_query()
+        return MAX_LINE - OTHER_WORDS - len(names)
 
     def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
         """See :meth:`.Replica.info`."""
@@ -256,8 +260,7 @@ class RemoteReplica(Replica):
 
     def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
         """See :meth:`.Replica.clear`."""
-        for start in range(0, len(extents), MAX_PACKED):
-            part = tuple(extents[start : start + MAX_PACKED])
+        for part in split(extents, self.url_room):
             request = self._make(ClearRequest, packed=part, keep=keep, run=run, drop=self.drop)
             if not decode_flag(self._ask(request), CLEARED):
                 return False

@@ -29,6 +29,7 @@ from pdiffcopy.server import visitors
 from pdiffcopy.server.accesslog import SENT, log_access
 from pdiffcopy.server.admission import Gate
 from pdiffcopy.server.worker import GRACE, Worker, count_unread, ignore_signals
+from pdiffcopy.words import MAX_LINE
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Daemon(BaseApplication):
             "graceful_timeout": GRACE,
             "keepalive": visitors.KEEPALIVE,
             "keyfile": keyfile or None,
-            "limit_request_line": 8190,
+            "limit_request_line": MAX_LINE,
             "logger_class": _Logger,
             "ssl_context": _make_tls_context,
             "threads": THREADS,

@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote_plus
 
 import pytest
 
 from pdiffcopy.client import Client, Location, Network, get_hashes_fn, transfer_block_fn
 from pdiffcopy.client.job import Job
+from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import Verification
 from pdiffcopy.exceptions import (
     FileError,
+    FileForbiddenError,
     FileMissingError,
     ForbiddenError,
     ReplacedError,
@@ -128,6 +132,43 @@ def test_scattered_changes_take_several_batches(server, tmp_path, direction):
     client = Client(**place(server, direction, tmp_path / "source", tmp_path / "target"), block_size=256)
     assert client.synchronize_once() == 500
     assert (tmp_path / "target").read_bytes() == data
+
+
+def make_long_name(folder: Path, length: int) -> Path:
+    """A file in a folder below which it takes so many characters of a URL."""
+    below, rest = divmod(length - len(quote_plus(bytes(folder))) - 20, 3 * 201)
+    path = folder.joinpath(*[os.fsdecode(b"\xff" * 200)] * below, os.fsdecode(b"\xff" * (rest // 3)))
+    path.mkdir(parents=True)
+    return path / "file"
+
+
+@pytest.mark.parametrize("is_hole", [False, True], ids=["data", "holes"])
+@pytest.mark.parametrize("block_size", [BLOCK, 8 * PIECE_SIZE], ids=["blocks", "pieces"])
+def test_name_may_leave_little_room_in_a_url(server, tmp_path, direction, block_size, is_hole):
+    """There is never more in a request than it can carry, whatever differs."""
+    source, target = (make_long_name(tmp_path / side, 7500) for side in ("source", "target"))
+    data = write_pattern(target, 400 * block_size)
+    with source.open("wb") as file:
+        for offset in range(0, len(data), block_size):
+            differs = offset % (2 * block_size) == 0 or block_size > BLOCK
+            if differs and is_hole:
+                file.seek(BLOCK, os.SEEK_CUR)
+            elif differs:
+                file.write(bytes(BLOCK))
+            file.write(data[file.tell() : offset + block_size])
+    client = Client(**place(server, direction, source, target), block_size=block_size, hash_method="blake3")
+    assert client.synchronize_once() == (400 if block_size > BLOCK else 200)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_name_that_leaves_no_room_is_refused_beforehand(server, tmp_path, direction):
+    """Nothing has been touched by then."""
+    source, target = (make_long_name(tmp_path / side, 7660) for side in ("source", "target"))
+    write_pattern(source, 4 * BLOCK)
+    client = Client(**place(server, direction, source, target), block_size=BLOCK)
+    with pytest.raises(FileForbiddenError, match="so long that a URL has no room"):
+        client.synchronize()
+    assert not target.exists()
 
 
 NAMES = {

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from pdiffcopy import extents
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import Extent
 from pdiffcopy.client import Client, pieces
@@ -82,7 +83,7 @@ def test_pieces_grow_with_what_is_looked_at(plan, monkeypatch):
 
 def test_many_pieces_make_several_batches(plan, files, monkeypatch):
     """As many extents as a request can carry, each with the digest of its own."""
-    monkeypatch.setattr(pieces, "MAX_PACKED", 2)
+    monkeypatch.setattr(extents, "MAX_PACKED", 2)
     data = bytearray(files[0].read_bytes())
     for number in range(0, 8, 2):
         data[BLOCK + number * PIECE_SIZE] ^= 1

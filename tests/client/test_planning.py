@@ -9,9 +9,9 @@ from pdiffcopy.blocks import Block, FileInfo, count_blocks
 from pdiffcopy.client.delta import FIRST_WINDOW, make_batches
 from pdiffcopy.client.plan import Options
 from pdiffcopy.client.planning import Planner, Side
+from pdiffcopy.extents import MAX_EXTENTS
 from pdiffcopy.features import FEATURES
 from pdiffcopy.localreplica import LocalReplica
-from pdiffcopy.words import MAX_EXTENTS
 
 KIB, MIB = 1024, 1024**2
 

@@ -22,6 +22,7 @@ from werkzeug.test import create_environ
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.exceptions import AbsentError, FileError
+from pdiffcopy.extents import Extents
 from pdiffcopy.files import openfile
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.localfile import LocalFile
@@ -29,7 +30,6 @@ from pdiffcopy.files.splice import Piped
 from pdiffcopy.files.stored import Stored
 from pdiffcopy.server import Settings, create_app
 from pdiffcopy.server.body import read_body, send_chunks
-from pdiffcopy.words import Extents
 from tests.support import IMPATIENCE, STALL, make_data, serve_https, start_server, wait_for, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang")
