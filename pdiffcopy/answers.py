@@ -56,6 +56,8 @@ class PeerInfo(NamedTuple):
     methods: frozenset[str] = frozenset()
     """The hash methods it has (empty when it doesn't tell)."""
     writable: bool = True
+    sets_id: bool = True
+    """Whether it sets set-id bits."""
     room: int | None = None
     """How many bytes are left where the file is, or would be (:data:`None`: nobody knows)."""
 
@@ -89,6 +91,7 @@ def encode_info(info: FileInfo, peer: PeerInfo) -> dict[str, Any]:
         "features": sorted(peer.features),
         "methods": sorted(peer.methods),
         "writable": peer.writable,
+        "sets_id": peer.sets_id,
         "room": peer.room,
     }
     return document
@@ -115,6 +118,7 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
         features=FEATURES.intersection(_strings(server.get("features"))),
         methods=frozenset(_strings(server.get("methods"))),
         writable=server.get("writable", True) is True,
+        sets_id=server.get("sets_id", True) is True,
         room=room if type(room) is int and room >= 0 else None,
     )
     if not exists:

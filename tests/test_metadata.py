@@ -135,15 +135,19 @@ def test_names_count_for_more_than_numbers(tmp_path, monkeypatch):
     assert (replica.metadata().owner, replica.metadata().group) == ("", "")
 
 
-def test_server_sets_no_set_id_bits_unless_it_is_allowed_to(server, tmp_path, source):
-    """That is known before the contents move."""
+@pytest.mark.parametrize("more", [(), ("--atomic",)], ids=["plain", "atomic"])
+@pytest.mark.parametrize("exists", [False, True], ids=["missing", "other"])
+def test_server_sets_no_set_id_bits_unless_it_is_allowed_to(server, tmp_path, source, exists, more):
+    """That is known before the target is touched."""
     target = tmp_path / "target"
-    write_pattern(target, 10000, seed=2)
-    before = snapshot(target)[:2]
-    result = run_pdiffcopy("-p", source, server.location(target))
+    if exists:
+        write_pattern(target, 10000, seed=2)
+    before = snapshot(target)
+    result = run_pdiffcopy("-p", *more, source, server.location(target))
     (line,) = error_lines(result)
     assert result.returncode == 1 and "--allow-set-id" in line
-    assert snapshot(target)[:2] == before
+    assert snapshot(target) == before and sorted(os.listdir(tmp_path)) == ["source"] + exists * ["target"]
+    target.touch()
     answer = requests.post(f"http://127.0.0.1:{server.port}/metadata", params={"filename": target, "mode": 0o4755})
     assert answer.status_code == 403 and not target.stat().st_mode & 0o7000
 

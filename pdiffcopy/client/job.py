@@ -95,6 +95,7 @@ class Job:
         self.metadata = Metadata()
         if writes and self.options.wants_metadata:
             self.metadata = self.options.select(source.replica.pinned(source.info.file_id, is_source=True).metadata())
+            self.planner.check_mode(self.metadata.mode)
         # From then on each change of the source shows in its time. It comes before anything of it is read.
         if source.info.settles_ms:
             time.sleep(source.info.settles_ms / 1000)

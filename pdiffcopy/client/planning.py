@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pdiffcopy import digests
 from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import FileInfo, count_blocks
+from pdiffcopy.blocks import SET_ID_BITS, FileInfo, count_blocks
 from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
@@ -160,6 +160,12 @@ class Planner:
         check_writable(target.replica.label, target.peer)
         if self.options.fsync:
             self._demand(target, FEATURE_SYNC, "--fsync")
+
+    def check_mode(self, mode: int | None) -> None:
+        """Refuse a mode for the target that its server wouldn't set."""
+        if (mode or 0) & SET_ID_BITS and not self.target.peer.sets_id:
+            text = "{label} would get the set-id bits of its source, and its server sets none without --allow-set-id"
+            raise FileForbiddenError(text, label=self.target.replica.label)
 
     def _demand(self, side: Side, feature: str, option: str) -> None:
         """Refuse an option for which a server is too old."""

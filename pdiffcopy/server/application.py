@@ -146,7 +146,8 @@ class _Views:
     def info(self, request: protocol.InfoRequest, replica: LocalReplica) -> Any:
         """``GET /info``"""
         info, peer = replica.info(request.run)
-        document = answers.encode_info(info, peer._replace(writable=not self.settings.read_only))
+        peer = peer._replace(writable=not self.settings.read_only, sets_id=self.settings.allow_set_id)
+        document = answers.encode_info(info, peer)
         if not info.exists:
             return _problem(404, f"No such file: {request.filename}", document)
         return document
