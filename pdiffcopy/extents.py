@@ -125,12 +125,12 @@ def split(extents: Sequence[Extent], room: int) -> Iterator[tuple[Extent, ...]]:
 
     :param room: How many characters of its URL they may take there. One extent is never too much.
     """
-    if len(extents) < 2 or _fit(extents, room):
+    if len(extents) > 1 and not _fit(extents, room):
+        middle = len(extents) // 2
+        yield from split(extents[:middle], room)
+        yield from split(extents[middle:], room)
+    elif extents:
         yield tuple(extents)
-        return
-    middle = len(extents) // 2
-    yield from split(extents[:middle], room)
-    yield from split(extents[middle:], room)
 
 
 def _fit(extents: Sequence[Extent], room: int) -> bool:

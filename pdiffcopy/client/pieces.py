@@ -131,6 +131,6 @@ def _make_batches(pieces: Sequence[tuple[Extent, str]], unit: int, room: int) ->
         else:
             extents.append(Extent(offset, size))
     digests = (digest for _, digest in pieces)
-    for part in split(extents, room) if extents else ():
+    for part in split(extents, room):
         count = sum(count_blocks(size, unit) for _, size in part)
         yield Batch(part, digest=digest_blockwise(islice(digests, count)), unit=unit)

@@ -193,8 +193,7 @@ def _keep_holes(plan: Plan, batch: Batch, source: Replica, target: Replica) -> I
         yield batch
         return
     _fill(plan, holes, (), target)
-    if data := list(subtract(batch.extents, holes)):
-        yield from map(Batch, split(data, plan.url_room))
+    yield from map(Batch, split(list(subtract(batch.extents, holes)), plan.url_room))
 
 
 class _Transfer:

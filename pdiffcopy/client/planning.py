@@ -27,6 +27,7 @@ from pdiffcopy.features import (
 )
 from pdiffcopy.files.staging import is_new_version
 from pdiffcopy.replica import Replica
+from pdiffcopy.words import MAX_LINE
 
 CHEAP = frozenset([digests.METHOD, FAST])
 """By which methods the target is digested sooner than the source is read once more."""
@@ -58,6 +59,7 @@ class Planner:
         """
         self.source, self.target, self.options, self.is_given = source, target, options, is_given
         self.common = source.peer.features & target.peer.features
+        self.url_room = min(source.replica.url_room, target.replica.url_room)
         self.method = self._choose_method()
 
     @property
@@ -77,12 +79,7 @@ class Planner:
     @property
     def max_extents(self) -> int:
         """How many extents one request can carry."""
-        return min(MAX_EXTENTS, self._url_room // EXTENT_LENGTH) if FEATURE_EXTENTS in self.common else 1
-
-    @property
-    def _url_room(self) -> int:
-        """How many characters they can take there."""
-        return min(side.replica.url_room for side in (self.source, self.target))
+        return min(MAX_EXTENTS, self.url_room // EXTENT_LENGTH) if FEATURE_EXTENTS in self.common else 1
 
     @property
     def makes_one_batch(self) -> bool:
@@ -110,10 +107,10 @@ class Planner:
         :param writes: Whether the target is going to be written to.
         """
         source, target = self.source, self.target
-        for side in (source, target):
-            if side.replica.url_room < EXTENT_LENGTH:
-                text = "{label}: this name is so long that a URL has no room for anything else"
-                raise FileForbiddenError(text, label=side.replica.label)
+        if self.url_room < EXTENT_LENGTH:
+            text = "{label} is a name that leaves no room in a URL of {limit} characters: use a shorter one (of a link)"
+            longer = max(source.replica.label, target.replica.label, key=len)
+            raise FileForbiddenError(text, label=longer, limit=MAX_LINE)
         if not target.info.resizable and target.info.size < source.info.size:
             text = "{label} is a block device of {size} bytes, and the source has {wanted}: that's too small"
             label = target.replica.label
@@ -197,7 +194,7 @@ class Planner:
             piece_size=self._choose_piece_size() if delta else 0,
             largest_move=options.largest_move,
             max_extents=self.max_extents,
-            url_room=self._url_room,
+            url_room=self.url_room,
             sparse=sparse,
             grain=grain,
             has_holes=source.has_holes and sparse is not Sparse.IGNORED,

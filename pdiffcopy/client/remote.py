@@ -10,9 +10,11 @@ where it was.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from urllib.parse import quote_plus
 
 from pdiffcopy.answers import (
     CLAIMED,
@@ -91,8 +93,7 @@ class RemoteReplica(Replica):
     @property
     def url_room(self) -> int:
         """See :attr:`.Replica.url_room`."""
-        names = InfoRequest(filename=self.filename, within=self.within).encode_query()
-        return MAX_LINE - OTHER_WORDS - len(names)
+        return MAX_LINE - OTHER_WORDS - len(quote_plus(os.fsencode(self.filename) + os.fsencode(self.within)))
 
     def info(self, run: str = "") -> tuple[FileInfo, PeerInfo]:
         """See :meth:`.Replica.info`."""
