@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -61,6 +63,18 @@ def test_old_server_has_no_lists(launch_old, tmp_path):
         assert FEATURE_LIST not in replica.info()[1].features
         with pytest.raises(FileMissingError):
             list(replica.entries(1))
+
+
+@pytest.mark.parametrize("option", [(), ("-r",)], ids=["file", "folder"])
+def test_another_server_is_no_old_one(tmp_path, option):
+    """Whoever has the port of a web server in mind doesn't look for a file that is there."""
+    write_pattern(tmp_path / "file", 100)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        result = run_pdiffcopy(*option, f"127.0.0.1:{other.server_port}{tmp_path}/file", tmp_path / "target")
+        other.shutdown()
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "(or it isn't pdiffcopy" in line and not (tmp_path / "target").exists()
 
 
 def test_between_an_old_and_a_new_server(launch_old, server, tmp_path):

@@ -44,6 +44,9 @@ from pdiffcopy.replica import Replica
 
 T = TypeVar("T")
 
+_OR_OTHER = " (or it isn't pdiffcopy that answers there)"
+"""What else may be the case where a server says no more than any server does."""
+
 
 class Job:
     """One file: what is to become equal to what."""
@@ -86,7 +89,8 @@ class Job:
         self.source, self.target = self._inspect()
         source, target = self.source, self.target
         if not source.info.exists:
-            raise FileMissingError("The source {label} doesn't exist", label=source.replica.label)
+            text = "The source {label} doesn't exist" + ("" if source.peer.features else _OR_OTHER)
+            raise FileMissingError(text, label=source.replica.label)
         if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":
             raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)
         self.planner = Planner(source, target, self.options, self.is_given)

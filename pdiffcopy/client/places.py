@@ -27,7 +27,7 @@ def find_kind(replica: Replica, option: str = "") -> Kind:
         return next(replica.entries(0)).kind
     except FileMissingError:  # what is missing is the endpoint: that there's no such file would be an answer
         if option:
-            text = "The server of {label} is too old for {option}"
+            text = "The server of {label} is too old for {option} (or it isn't pdiffcopy)"
             raise UsageError(text, label=replica.label, option=option) from None
         return Kind.OTHER
 
