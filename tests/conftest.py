@@ -12,6 +12,13 @@ import trustme
 from tests.support import IMPATIENCE, loop_device, mounted, start_old_peer, start_server, write_pattern
 
 
+def pytest_configure():
+    """What the tests start hears all signals, also where the tests themselves are to ignore some (nohup make test)."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A server that serves everything, shared by all tests that don't do anything to it."""
