@@ -52,7 +52,7 @@ The rest a client uses only when the server lists it as a *feature* in its answe
 :data:`FEATURE_METADATA`
     ``GET /metadata?filename=`` tells mode, owner, group and time of a file, ``POST /metadata`` sets what is given of
     them. With ``in_advance=1`` it's only found out what would be refused, and those lose access who aren't going to
-    have any.
+    have any. ``/info`` tells whether the server sets set-id bits (``sets_id``).
 :data:`FEATURE_PIECES`
     ``GET /pieces?filename=&extents=&size=&method=`` answers with the digests of the pieces of some extents, as they
     are, one after the other. And ``/blocks`` takes ``packed=``, which are extents in a short form (:class:`.Packed`).
