@@ -62,7 +62,8 @@ CUBIC, HTTPS, SLOW_STORAGE, COLD_DISK = "cubic", "https", "1 ms a read, cold", "
 LIMITED_SERVER = "limited server"
 LIMITED_SIZE = 512 * MEBIBYTE
 """How much moves at a limited rate: that takes some seconds, so that the start of a program hardly matters."""
-MEMORY_PERCENT = 1
+MEMORY_PERCENT = 10
+"""How much of these two files isn't holes: enough to last until all processes have all of their memory."""
 MEMORY_RATIO = 16
 """How much larger the larger one of the two files is whose memory is compared."""
 
