@@ -123,9 +123,9 @@ def split(extents: Sequence[Extent], room: int) -> Iterator[tuple[Extent, ...]]:
     """
     Split extents into parts, each for a request.
 
-    :param room: How many characters of its URL they may take there. One extent is never too much.
+    :param room: How many characters of its URL they may take there.
     """
-    if len(extents) > 1 and not _fit(extents, room):
+    if not fit(extents, room):
         middle = len(extents) // 2
         yield from split(extents[:middle], room)
         yield from split(extents[middle:], room)
@@ -133,9 +133,17 @@ def split(extents: Sequence[Extent], room: int) -> Iterator[tuple[Extent, ...]]:
         yield tuple(extents)
 
 
-def _fit(extents: Sequence[Extent], room: int) -> bool:
+def fit(extents: Sequence[Extent], room: int) -> bool:
+    """Whether a request has room for some extents. One is never too much."""
+    if len(extents) <= count_certain(room):
+        return True
     _, form = choose_form(extents)
     return len(extents) <= MAX_PACKED and len(quote_plus(form.write(extents))) <= room
+
+
+def count_certain(room: int) -> int:
+    """Count the extents that a request has room for, whatever they are (at least one)."""
+    return max(1, min(MAX_EXTENTS, room // EXTENT_LENGTH))
 
 
 def choose_form(extents: Sequence[Extent]) -> tuple[str, Text]:

@@ -334,7 +334,10 @@ def test_extents_have_bounds(text):
         decode(ReadRequest, extents=text)
 
 
-@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1, max_size=200).map(lay_out))
+LAYOUTS = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1, max_size=600).map(lay_out)
+
+
+@given(LAYOUTS)
 def test_packed_extents_survive(extents):
     """Whatever the distances are, and they take a few characters each."""
     text = Packed().write(extents)
@@ -368,9 +371,6 @@ def test_packed_extents_have_bounds():
     for extents in ((*most, Extent(MAX_PACKED * 2, 1)), (Extent(MAX_OFFSET, 1),), (Extent(0, MAX_BLOCK_SIZE + 1),)):
         with pytest.raises(TooLargeError):
             decode(ReadRequest, packed=Packed().write(extents))
-
-
-LAYOUTS = st.lists(st.tuples(st.integers(0, 99), st.integers(1, 9)), min_size=1, max_size=600).map(lay_out)
 
 
 @given(st.just(()) | LAYOUTS, st.integers(0, 4000))

@@ -51,7 +51,7 @@ from pdiffcopy.client.retry import Patience
 from pdiffcopy.client.servers import Replicas
 from pdiffcopy.digests import compute_digest, digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, SourceChangedError, TransientError, VerificationError
-from pdiffcopy.extents import split
+from pdiffcopy.extents import fit, split
 from pdiffcopy.files.stored import counted
 from pdiffcopy.methods import get_hasher
 from pdiffcopy.replica import Reading, Replica
@@ -215,11 +215,12 @@ class _Transfer:
     def run(self) -> int:
         """Transfer the batch, and tell how many times a difference was found afterwards."""
         is_divisible, most = self.verification is not Verification.BY_HASHES, self.plan.largest_move
-        while (is_divisible and self.batch.size > most) or not self._attempt():
+        is_too_much = self.batch.size > most or not fit(self.batch.extents, self.plan.url_room)
+        while (is_divisible and is_too_much) or not self._attempt():
             # The digests that were compared don't tell of halves: from now on the source reads what it sends.
             if self.verification is Verification.BLOCKWISE:
                 self.verification = Verification.STATED
-            if is_divisible and self.batch.size > min(SMALLEST_BATCH, most):
+            if is_divisible and (is_too_much or self.batch.size > SMALLEST_BATCH):
                 return self.mismatches + sum(half.run() for half in self._halve())
         return self.mismatches
 

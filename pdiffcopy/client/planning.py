@@ -13,7 +13,7 @@ from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ReadOnlyError, UnsupportedError, UsageError
-from pdiffcopy.extents import EXTENT_LENGTH, MAX_EXTENTS
+from pdiffcopy.extents import EXTENT_LENGTH, count_certain
 from pdiffcopy.features import (
     FEATURE_ATOMIC,
     FEATURE_BLOCKWISE,
@@ -79,7 +79,7 @@ class Planner:
     @property
     def max_extents(self) -> int:
         """How many extents one request can carry."""
-        return min(MAX_EXTENTS, self.url_room // EXTENT_LENGTH) if FEATURE_EXTENTS in self.common else 1
+        return count_certain(self.url_room) if FEATURE_EXTENTS in self.common else 1
 
     @property
     def makes_one_batch(self) -> bool:

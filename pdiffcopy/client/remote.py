@@ -42,7 +42,7 @@ from pdiffcopy.client.delta import get_end, in_order
 from pdiffcopy.client.exchange import Answer, Server, make_foreign_error
 from pdiffcopy.entries import Entry, check_entries, skip_to
 from pdiffcopy.exceptions import FileMissingError, ProtocolError, RemoteError, ReplacedError, TransientError
-from pdiffcopy.extents import MAX_EXTENTS, split
+from pdiffcopy.extents import count_certain, split
 from pdiffcopy.features import FEATURE_ANSWER, FEATURE_CLAIM, FEATURE_RESUME, FEATURE_SPARSE
 from pdiffcopy.protocol import (
     ClaimRequest,
@@ -209,8 +209,8 @@ class RemoteReplica(Replica):
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """See :meth:`.Replica.pieces`."""
         digests = []
-        for start in range(0, len(extents), MAX_EXTENTS):
-            part = tuple(extents[start : start + MAX_EXTENTS])
+        for start in range(0, len(extents), most := count_certain(self.url_room)):
+            part = tuple(extents[start : start + most])
             words = {"size": size, "method": method, "flush": self.flush, "drop": self.drop}
             request = self._make(PiecesRequest, extents=part, **words)
             document = self._ask(request)

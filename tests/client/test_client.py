@@ -18,7 +18,7 @@ import pytest
 from pdiffcopy.client import Client, Location, Network, get_hashes_fn, transfer_block_fn
 from pdiffcopy.client.job import Job
 from pdiffcopy.client.pieces import PIECE_SIZE
-from pdiffcopy.client.plan import Verification
+from pdiffcopy.client.plan import Options, Verification
 from pdiffcopy.exceptions import (
     FileError,
     FileForbiddenError,
@@ -159,6 +159,20 @@ def test_name_may_leave_little_room_in_a_url(server, tmp_path, direction, block_
     client = Client(**place(server, direction, source, target), block_size=block_size, hash_method="blake3")
     assert client.synchronize_once() == (400 if block_size > BLOCK else 200)
     assert target.read_bytes() == source.read_bytes()
+
+
+def test_halves_of_what_fits_into_a_url_may_take_more_of_it(server, tmp_path, direction, monkeypatch):
+    """What is so few that it isn't packed any more, for example."""
+    monkeypatch.setattr(Options, "largest_move", 3 * 2**20)
+    source, target = (make_long_name(tmp_path / side, 7000) for side in ("source", "target"))
+    data = bytearray(write_pattern(target, 80 * 8 * PIECE_SIZE - 5))
+    for offset in range(0, len(data), 8 * PIECE_SIZE):
+        for piece in (1, 3, 7):
+            data[offset + piece * PIECE_SIZE] ^= 1
+    source.write_bytes(data)
+    places = place(server, direction, source, target)
+    assert Client(**places, block_size=8 * PIECE_SIZE, hash_method="blake3").synchronize_once() == 80
+    assert target.read_bytes() == data
 
 
 def test_name_that_leaves_no_room_is_refused_beforehand(server, tmp_path, direction):

@@ -83,7 +83,8 @@ def test_pieces_grow_with_what_is_looked_at(plan, monkeypatch):
 
 def test_many_pieces_make_several_batches(plan, files, monkeypatch):
     """As many extents as a request can carry, each with the digest of its own."""
-    monkeypatch.setattr(extents, "MAX_PACKED", 2)
+    for name in ("MAX_EXTENTS", "MAX_PACKED"):
+        monkeypatch.setattr(extents, name, 2)
     data = bytearray(files[0].read_bytes())
     for number in range(0, 8, 2):
         data[BLOCK + number * PIECE_SIZE] ^= 1
