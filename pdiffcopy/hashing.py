@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pdiffcopy.blocks import BlockDigest, Extent, Hole, align, find_layout
 from pdiffcopy.digests import digest_layout
 from pdiffcopy.exceptions import UsageError
-from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.methods import get_hasher
 
@@ -281,7 +281,7 @@ def _hash_stripe(
     file: OpenFile, start: int, stop: int, block_size: int, new_hasher: Callable[[], Any], grain: int
 ) -> _Found:
     # Several small blocks are read at once, a large block in several chunks.
-    run = max(CHUNK_SIZE // block_size, 1) * block_size
+    run = max(READ_SIZE // block_size, 1) * block_size
     extents = [Extent(offset, min(run, stop - offset)) for offset in range(start, stop, run)]
     holes = list(file.holes(start, stop)) if grain else []
     found: _Found = []
@@ -300,10 +300,10 @@ def _digest_blocks(
     chunks: Iterator[memoryview], size: int, block_size: int, new_hasher: Callable[..., Any]
 ) -> list[str]:
     """Digest the blocks of the next extent (of this size): one large block, or all that come in one chunk."""
-    if block_size <= CHUNK_SIZE:
+    if block_size <= READ_SIZE:
         return _digest_parts(next(chunks), block_size, new_hasher)
     hasher = new_hasher()
-    for chunk in islice(chunks, -(-size // CHUNK_SIZE)):
+    for chunk in islice(chunks, -(-size // READ_SIZE)):
         hasher.update(chunk)
     return [hasher.hexdigest()]
 

@@ -17,7 +17,7 @@ from pdiffcopy import hashing
 from pdiffcopy.blocks import Extent, Hole, find_layout
 from pdiffcopy.digests import digest_layout
 from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
-from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.hashing import LEAST_BLOCKS, Budget, Hashers, compute_hashes, hash_worker
 from pdiffcopy.methods import get_hasher, get_methods
@@ -81,8 +81,8 @@ def test_sizes_around_blocks_and_stripes(tmp_path, block_size, concurrency):
         assert digests == hash_all(data, block_size), size
 
 
-@pytest.mark.parametrize("block_size", [CHUNK_SIZE // 3, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 600_000])
-@pytest.mark.parametrize("size", [CHUNK_SIZE - 1, CHUNK_SIZE, 4 * CHUNK_SIZE + 10])
+@pytest.mark.parametrize("block_size", [READ_SIZE // 3, READ_SIZE - 1, READ_SIZE, READ_SIZE + 1, 2_400_000])
+@pytest.mark.parametrize("size", [READ_SIZE - 1, READ_SIZE, 4 * READ_SIZE + 10])
 def test_sizes_around_chunks(tmp_path, block_size, size):
     """A block larger than what is read at once is one block nevertheless."""
     data = write_pattern(tmp_path / "file", size)
@@ -104,10 +104,10 @@ def test_hash_worker_behind_the_end(tmp_path, offset):
     assert hash_worker(offset, 100, str(tmp_path / "file"), "md5") == (offset, hash_directly("md5", b""))
 
 
-@pytest.mark.parametrize("size", [1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * CHUNK_SIZE])
+@pytest.mark.parametrize("size", [1, READ_SIZE, READ_SIZE + 1, 3 * READ_SIZE])
 def test_hash_worker_begins_anywhere(tmp_path, size):
     """The offset needn't be a multiple of the block size."""
-    data = write_pattern(tmp_path / "file", 3 * CHUNK_SIZE)
+    data = write_pattern(tmp_path / "file", 3 * READ_SIZE)
     expected = (37, hash_directly("xxh128", data[37 : 37 + size]))
     assert hash_worker(37, size, str(tmp_path / "file"), "xxh128") == expected
 

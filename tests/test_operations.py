@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, FileMissingError, FileNameError
-from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.names import Namespace
 from pdiffcopy.localreplica import LocalReplica
@@ -62,7 +62,7 @@ def test_read_block(tmp_path, offset, size):
     assert read_block(str(tmp_path / "file"), offset, size) == data[offset : offset + size]
 
 
-@pytest.mark.parametrize("size", [CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * CHUNK_SIZE + 7])
+@pytest.mark.parametrize("size", [READ_SIZE - 1, READ_SIZE, READ_SIZE + 1, 3 * READ_SIZE + 7])
 def test_blocks_larger_than_a_chunk(tmp_path, size):
     """What isn't read or written in one piece arrives whole."""
     data = write_pattern(tmp_path / "source", size)

@@ -27,7 +27,7 @@ from pdiffcopy.exceptions import (
     translating,
 )
 from pdiffcopy.files import kernel, pagecache
-from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
+from pdiffcopy.files.buffers import READ_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.claims import Claims
 from pdiffcopy.files.holes import find_extents, find_holes, get_grain
 from pdiffcopy.files.identity import get_settling_time, identify
@@ -36,9 +36,6 @@ from pdiffcopy.files.readahead import ReadAhead
 from pdiffcopy.files.sockets import send_all, wait_for_room
 
 F = TypeVar("F", bound="OpenFile")
-
-_CHUNKS_AT_A_TIME = 4
-"""For how many chunks what needn't be done for each of them is done once."""
 
 
 class OpenFile:
@@ -189,33 +186,32 @@ class OpenFile:
             yield
 
     def chunks(
-        self, extents: Sequence[Extent], step: int = CHUNK_SIZE, holes: Sequence[Extent] = ()
+        self, extents: Sequence[Extent], step: int = READ_SIZE, holes: Sequence[Extent] = ()
     ) -> Iterator[memoryview]:
         """
         Read extents.
 
-        :param step: How large a chunk is, if that's less than :data:`.CHUNK_SIZE`.
+        :param step: How large a chunk is, if that's less than :data:`.READ_SIZE`.
         :param holes: What is known to lie in holes, in ascending order: it isn't read.
         :returns: A generator of memory views, each of which is valid until the next one is asked for.
         :raises: :exc:`.FileError` when the file ends before an extent does, :exc:`.AbsentError` when nobody waits any
                  more (see :attr:`is_awaited`).
         """
         ahead, done = ReadAhead(self.fd, subtract(extents, holes) if holes else extents), 0
-        step = min(step, CHUNK_SIZE)
+        step = min(step, READ_SIZE)
         with borrow_buffer() as buffer:
             # Between two chunks the other threads may wait for the interpreter lock, so little is done there.
-            for start, size in cut(extents, _CHUNKS_AT_A_TIME * step):
+            for offset, size in cut(extents, step):
                 if self.is_awaited and not self.is_awaited():
                     raise AbsentError("Nobody waits for {filename} any more", filename=self.filename)
                 ahead.advance(done)
-                for offset in range(start, start + size, step):
-                    view = buffer[: min(step, start + size - offset)]
-                    if holes:
-                        done += self._fill_around(view, offset, holes)
-                    else:
-                        self._fill(view, offset)
-                        done += len(view)
-                    yield view
+                view = buffer[:size]
+                if holes:
+                    done += self._fill_around(view, offset, holes)
+                else:
+                    self._fill(view, offset)
+                    done += size
+                yield view
 
     def _fill_around(self, view: memoryview, offset: int, holes: Sequence[Extent]) -> int:
         """Fill a buffer from an offset, and tell how many bytes of it were read: in holes there are zeros."""

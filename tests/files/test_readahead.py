@@ -12,7 +12,7 @@ import pytest
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.files import kernel, readahead
-from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.readahead import WINDOW, ReadAhead
 from tests.support import loop_device, make_data
@@ -75,7 +75,7 @@ def test_only_what_is_asked_for_is_read(file):
 def test_readers_are_ahead_of_themselves(file):
     """Whoever reads chunks has the next ones read meanwhile."""
     chunks = file.chunks([Extent(0, SIZE)])
-    assert len(next(chunks)) == CHUNK_SIZE
+    assert len(next(chunks)) == READ_SIZE
     wait_for_cached(file, WINDOW)
     chunks.close()
 

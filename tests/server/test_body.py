@@ -24,7 +24,7 @@ from pdiffcopy.blocks import Extent
 from pdiffcopy.exceptions import AbsentError, FileError
 from pdiffcopy.extents import Extents
 from pdiffcopy.files import openfile
-from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.buffers import CHUNK_SIZE, READ_SIZE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.splice import Piped
 from pdiffcopy.files.stored import Stored
@@ -401,12 +401,12 @@ def test_extents_are_sent(any_server, tmp_path, extents):
 
 def test_extents_are_sent_without_gunicorn(tmp_path):
     """Any WSGI server will do: it gets bytes."""
-    data = make_data(700_000)
+    data = make_data(READ_SIZE + 100)
     (tmp_path / "file").write_bytes(data)
     with LocalFile(str(tmp_path / "file")) as file:
-        chunks = list(send_chunks({}, Stored(file, [Extent(7, 600_000), Extent(1, 1)])))
-    assert b"".join(chunks) == data[7:600_007] + data[1:2]
-    assert max(map(len, chunks)) <= CHUNK_SIZE
+        chunks = list(send_chunks({}, Stored(file, [Extent(7, READ_SIZE + 50), Extent(1, 1)])))
+    assert b"".join(chunks) == data[7 : READ_SIZE + 57] + data[1:2]
+    assert max(map(len, chunks)) <= READ_SIZE
 
 
 def make_environ(sock: socket.socket) -> dict:
