@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 CHUNK_SIZE = 256 * 1024
-"""How many bytes are received at a time, or written and read back: few enough to stay in the cache of a core."""
+"""How many bytes are received at a time as an object of Python."""
 READ_SIZE = 1024 * 1024
-"""How many bytes are read and hashed at a time: larger reads cost the kernel less (docs/performance.rst)."""
+"""How many bytes are read (or read back) and hashed at a time: fewer cost more (docs/performance.rst)."""
 
 ZEROED = memoryview(bytes(READ_SIZE))
 """So many zeros."""

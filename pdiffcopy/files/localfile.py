@@ -20,7 +20,7 @@ from pdiffcopy.exceptions import (
     translating,
 )
 from pdiffcopy.files import kernel
-from pdiffcopy.files.buffers import CHUNK_SIZE, ZEROED, borrow_buffer
+from pdiffcopy.files.buffers import READ_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.holes import get_grain
 from pdiffcopy.files.identity import identify
 from pdiffcopy.files.metadata import OWNER_ONLY
@@ -76,7 +76,7 @@ class LocalFile(OpenFile):
             self._write_at(offset, piece)
             return
         with borrow_buffer() as buffer:
-            while size := min(len(piece), CHUNK_SIZE):
+            while size := min(len(piece), len(buffer)):
                 part, piece = piece[:size], piece[size:]
                 self._write_at(offset, part)
                 self._fill(buffer[:size], offset)
@@ -106,7 +106,7 @@ class LocalFile(OpenFile):
 
     def _write_zeros(self, extents: Sequence[Extent], run: str) -> None:
         with self.changing(extents) as change:
-            for part in cut(extents, DEVICE_STEP if self.is_device else CHUNK_SIZE):
+            for part in cut(extents, DEVICE_STEP if self.is_device else READ_SIZE):
                 with self.claims.writing(run):
                     self._check_room(sum(part))
                     self._zero(part)
@@ -117,7 +117,7 @@ class LocalFile(OpenFile):
         with translating("write to", self.filename):
             if self.is_device and kernel.zero_device(self.fd, *extent):
                 return
-        for part in cut([extent], CHUNK_SIZE):
+        for part in cut([extent], len(ZEROED)):
             self._write_at(part.offset, ZEROED[: part.size])
 
     def _make_hole(self, extent: Extent) -> bool:

@@ -21,8 +21,8 @@ from pdiffcopy.blocks import Extent
 PIPE_SIZE = 1024 * 1024
 """How much a pipe holds if the system allows it (pipe(7): that's what a process may ask for by default)."""
 
-ENOUGH = 256 * 1024
-"""How many bytes are worth waking up for: a wire brings a few at a time, and each chunk takes system calls."""
+PATIENCE = 0.25
+"""For how long to collect what a slow wire brings, in seconds: each chunk takes system calls."""
 
 
 class Piped:
@@ -197,12 +197,12 @@ def _watching(sock: int) -> Iterator[socket.socket]:
 
 
 def _fill(connection: socket.socket, sink: int, most: int, timeout: float | None) -> int:
-    """Fill a pipe until that's enough, or until there's no room (which depends on how the bytes were cut)."""
-    held, enough = 0, min(most, ENOUGH)
-    while held < enough:
+    """Fill a pipe until patience or its room is at an end (which depends on how the bytes were cut)."""
+    held, is_waiting = 0, True
+    while held < most and is_waiting:
         try:
-            # What came until the time is over is a sign of life, however little it is.
-            if not (_wait_for(connection, enough - held, timeout) or _wait_for(connection, 1, 0)):
+            is_waiting = _wait_for(connection, most - held, PATIENCE)
+            if not (is_waiting or _wait_for(connection, 1, 0 if held else timeout)):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
             count = os.splice(connection.fileno(), sink, most - held, flags=os.SPLICE_F_NONBLOCK)
             if not count:

@@ -22,7 +22,7 @@ from pdiffcopy.blocks import Extent
 from pdiffcopy.digests import BlockwiseHasher, digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, TakenOverError
 from pdiffcopy.files import claims
-from pdiffcopy.files.buffers import CHUNK_SIZE
+from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.claims import RUN_ATTRIBUTE
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.splice import Piped, spread
@@ -113,7 +113,7 @@ def test_write_with_the_right_digest(tmp_path):
 
 def test_write_with_a_wrong_digest(tmp_path):
     """Bytes that aren't those that were sent are noticed, at the end of a long extent too."""
-    data = make_data(2 * CHUNK_SIZE + 10)
+    data = make_data(2 * READ_SIZE + 10)
     with LocalFile(make_file(tmp_path / "file", len(data) + 7), write=True) as file:
         with pytest.raises(DigestMismatchError, match="file at offset 7 isn't what was sent") as info:
             file.write([Extent(7, len(data))], [data[:-1], b"?"], digest_of(data))
@@ -211,10 +211,10 @@ def test_bytes_in_a_pipe_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("block_size", [0, 100_000])
-@pytest.mark.parametrize("kind", ["in a pipe", "in memory"])
-def test_large_chunks_are_written_and_compared(tmp_path, kind, block_size):
-    """They are cut where that's best for the cache, which changes nothing else."""
-    before, data = write_pattern(tmp_path / "file", 900_000), make_data(3 * CHUNK_SIZE + 5, seed=3)
+@pytest.mark.parametrize(("kind", "size"), [("in a pipe", READ_SIZE // 4), ("in memory", READ_SIZE)])
+def test_large_chunks_are_written_and_compared(tmp_path, kind, size, block_size):
+    """They are cut if they're larger than what is read back at a time, which changes nothing else."""
+    before, data = write_pattern(tmp_path / "file", 3 * size + 200_000), make_data(3 * size + 5, seed=3)
     digests = [digest_of(data[i : i + block_size]) for i in range(0, len(data), block_size)] if block_size else []
     digest = digest_blockwise(digests) if block_size else digest_of(data)
     source, sink = os.pipe()
@@ -228,12 +228,12 @@ def test_large_chunks_are_written_and_compared(tmp_path, kind, block_size):
                     chunk = Piped(source, len(data))
                 with nullcontext() if stated == digest else pytest.raises(DigestMismatchError):
                     hasher = BlockwiseHasher(block_size) if block_size else None
-                    extents = [Extent(10, 2 * CHUNK_SIZE), Extent(700_000, CHUNK_SIZE + 5)]
+                    extents = [Extent(10, 2 * size), Extent(3 * size, size + 5)]
                     file.write(extents, [chunk], stated, hasher=hasher)
-    first, second = data[: 2 * CHUNK_SIZE], data[2 * CHUNK_SIZE :]
-    expected = bytearray(before.ljust(700_000 + len(second), b"\0"))
+    first, second = data[: 2 * size], data[2 * size :]
+    expected = bytearray(before.ljust(3 * size + len(second), b"\0"))
     expected[10 : 10 + len(first)] = first
-    expected[700_000 : 700_000 + len(second)] = second
+    expected[3 * size : 3 * size + len(second)] = second
     assert (tmp_path / "file").read_bytes() == expected
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pdiffcopy.files import splice
 from pdiffcopy.files.sockets import get_socket_options
-from pdiffcopy.files.splice import ENOUGH, PIPE_SIZE, Piped, receive
+from pdiffcopy.files.splice import PIPE_SIZE, Piped, receive
 from tests.support import make_data, write_pattern
 
 pytestmark = pytest.mark.usefixtures("no_hang", "no_descriptor_left")
@@ -206,9 +206,10 @@ def test_nothing_to_receive_takes_nothing(connection):
     assert near.recv(10) == b"x"
 
 
-def test_bytes_that_arrive_one_by_one_are_collected(connection):
+def test_bytes_that_arrive_one_by_one_are_collected(connection, monkeypatch):
     """However the network cuts them: a chunk is worth the while, or the last one."""
     near, far = connection
+    monkeypatch.setattr(splice, "PATIENCE", 20)
     far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     thread = send_slowly(far, b"abcde", 0.01)
@@ -219,6 +220,7 @@ def test_bytes_that_arrive_one_by_one_are_collected(connection):
 def test_the_kernel_counts_what_arrives(connection, monkeypatch):
     """Bytes that come one by one don't wake anybody until there are enough, and afterwards one is enough again."""
     near, far = connection
+    monkeypatch.setattr(splice, "PATIENCE", 20)
     wakes = []
     originals = splice._wait_for
 
@@ -236,13 +238,17 @@ def test_the_kernel_counts_what_arrives(connection, monkeypatch):
     assert near.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
 
 
-def test_a_slow_wire_is_a_sign_of_life(connection):
+@pytest.mark.parametrize("patience", [0, 0.01, 0.4])
+def test_a_slow_wire_is_a_sign_of_life(connection, monkeypatch, patience):
     """Less than what's waited for comes within the time: that's taken, and waiting goes on."""
     near, far = connection
+    monkeypatch.setattr(splice, "PATIENCE", patience)
 
     thread = send_slowly(far, b"abcd", 0.3)
-    assert b"".join(map(bytes, receive(near.fileno(), 4, timeout=0.4))) == b"abcd"
+    chunks = list(map(bytes, receive(near.fileno(), 4, timeout=20)))
     thread.join()
+    assert b"".join(chunks) == b"abcd"
+    assert len(chunks) > 1
 
 
 def test_a_descriptor_that_was_closed_meanwhile_is_left_alone(connection):
@@ -365,8 +371,8 @@ def test_a_reader_that_leaves_leaves_no_pipe(connection):
     """The pipe, with whatever is still in it, goes with the generator."""
     near, far = connection
     before = set(os.listdir("/proc/self/fd"))
-    thread = send_all(far, bytes(ENOUGH))
-    chunks = receive(near.fileno(), 2 * ENOUGH)
+    thread = send_all(far, bytes(BUFFER))
+    chunks = receive(near.fileno(), 2 * BUFFER)
     next(chunks)
     thread.join()
     assert len(os.listdir("/proc/self/fd")) == len(before) + 2
