@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     blocks_changed: int = 0
     bytes_compared: int = 0
     digest: str = ""
-    """The digest of the digests of the changed blocks (see :func:`.digest_blockwise`)."""
+    """The digest of the digests of the changed blocks (see :func:`.digest_blockwise`, empty if some aren't known)."""
     unit: int = 0
     """The size of the pieces of which that is, in bytes (0: it is of whole blocks)."""
     holes: tuple[Extent, ...] = ()
@@ -152,15 +152,16 @@ class Comparison:
         part = max(BATCH_SIZE, size // MAX_PARTS, block_size)
         self.most = part // block_size * block_size if sparse is Sparse.NEVER else size
 
-    def compare(self, source: Iterable[Item], target: Iterable[Item]) -> Iterator[Block]:
+    def compare(self, source: Iterable[Item], target: Iterable[Item], start: int = 0) -> Iterator[Block]:
         """
         Compare the digests of two files.
 
         :param source: What is known of the source, in order.
         :param target: The same of the target. It may end earlier or later.
+        :param start: The offset of the first block (in bytes).
         :returns: A generator of all blocks of the source, some of them in runs.
         """
-        position, theirs, their_end = 0, iter(target), 0
+        position, theirs, their_end = start, iter(target), start
         right: Item | None = None
         for left in source:
             end = self._get_end(left)
@@ -271,7 +272,7 @@ class _Accumulator:
             self.blocks_compared,
             self.blocks_changed,
             self.bytes_compared,
-            digest_blockwise(self.changed),
+            digest_blockwise(self.changed) if all(self.changed) else "",
             holes=tuple(self.fills[HOLES]),
             zeros=tuple(self.fills[ZEROS]),
         )

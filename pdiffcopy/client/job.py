@@ -122,7 +122,8 @@ class Job:
         """Make a plan that touches nothing."""
         info = self.target.info
         target = Target(self.target_address, info, min(self.source.info.size, info.size))
-        return self.planner.make_plan(self.source_address, target)
+        # Whoever moves nothing wants to know what differs, so all of it is compared.
+        return self.planner.make_plan(self.source_address, target)._replace(may_sample=False)
 
     # Doing it {{{1
 

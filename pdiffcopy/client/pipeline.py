@@ -48,6 +48,7 @@ from pdiffcopy.client.pieces import Judge, look_closely
 from pdiffcopy.client.plan import Plan, Result, Verification
 from pdiffcopy.client.progress import Reporter, Tally
 from pdiffcopy.client.retry import Patience
+from pdiffcopy.client.samples import Sampler
 from pdiffcopy.client.servers import Replicas
 from pdiffcopy.digests import compute_digest, digest_blockwise
 from pdiffcopy.exceptions import DigestMismatchError, SourceChangedError, TransientError, VerificationError
@@ -90,18 +91,33 @@ def open_baseline(plan: Plan, replicas: Replicas) -> Replica:
 
 
 def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
-    """Compare source and target: a generator of all blocks of the source, some of them in runs."""
+    """Find out which blocks differ: a generator of all blocks of the source, some of them in runs."""
+    sampler, position = Sampler(plan, open_source(plan, replicas), open_baseline(plan, replicas)), 0
+    while position < plan.size:
+        with closing(_compare(plan, replicas, position)) as compared:
+            for block in compared:
+                yield block
+                position += block.size
+                if sampler.can_skip(block):
+                    break
+        for block in sampler.skip(position):
+            yield block
+            position += block.size
+
+
+def _compare(plan: Plan, replicas: Replicas, start: int) -> Generator[Block, None, None]:
+    """Compare source and target from one block on."""
     comparison = Comparison(plan.size, plan.block_size, plan.sparse, get_hasher(plan.method), plan.grain or 1)
     replica = open_baseline(plan, replicas)
     if plan.needs_hashes:
-        source = _digests(plan, open_source(plan, replicas), 0, plan.size)
+        source = _digests(plan, open_source(plan, replicas), start, plan.size)
     else:
         source = _find_runs(plan, open_source(plan, replicas))
-    target = _describe_target(plan, replica)
+    target = _describe_target(plan, replica, start)
     with closing(source), closing(target):
         # The threads that hash a target nearby begin now, and not when the server of the source has answered.
         first = list(islice(target, int(replica.is_near)))
-        yield from comparison.compare(source, chain(first, target))
+        yield from comparison.compare(source, chain(first, target), start)
         next(target, None)  # lets it come to its end
 
 
@@ -123,11 +139,11 @@ def _find_runs(plan: Plan, source: Replica) -> Generator[Item, None, None]:
         position = sum(hole)
 
 
-def _describe_target(plan: Plan, replica: Replica) -> Generator[Item, None, None]:
+def _describe_target(plan: Plan, replica: Replica, start: int) -> Generator[Item, None, None]:
     """Tell what is known of the target. A new one is one hole, and so is what one that is too short grows by."""
     position = 0
     if plan.delta:
-        yield from _digests(plan, replica, 0, plan.target_size)
+        yield from _digests(plan, replica, start, plan.target_size)
         position = count_blocks(plan.target_size, plan.block_size) * plan.block_size
     if (plan.delta or plan.is_new) and plan.sparse is not Sparse.IGNORED and position < plan.size:
         yield Hole(position, plan.size - position)

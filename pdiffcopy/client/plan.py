@@ -124,6 +124,8 @@ class Plan(NamedTuple):
     verification: Verification
     piece_size: int = 0
     """In how large pieces changed blocks are compared once more, in bytes (0: they aren't)."""
+    may_sample: bool = False
+    """Whether not all of it has to be compared where everything seems to differ."""
     max_extents: int = MAX_EXTENTS
     """How many extents one request can carry."""
     url_room: int = MAX_LINE

@@ -179,6 +179,8 @@ class Planner:
         source, options = self.source.info, self.options
         sparse, grain = self._choose_sparse(target.info)
         delta = options.delta_transfer and target.info.size > 0
+        piece_size = self._choose_piece_size() if delta else 0
+        has_holes = source.has_holes or target.info.has_holes or sparse is Sparse.ALWAYS
         return Plan(
             source_address,
             target.address,
@@ -191,7 +193,8 @@ class Planner:
             concurrency=options.concurrency,
             delta=delta,
             verification=self._choose_verification(delta),
-            piece_size=self._choose_piece_size() if delta else 0,
+            piece_size=piece_size,
+            may_sample=piece_size > 0 and not has_holes,
             largest_move=options.largest_move,
             max_extents=self.max_extents,
             url_room=self.url_room,

@@ -20,6 +20,7 @@ from tests.support import write_pattern
 
 BLOCK = 8 * PIECE_SIZE
 SIZE = 6 * BLOCK + 100
+COMPARED = "of the blocks"
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def eager() -> Judge:
 
 def test_pieces_that_differ_are_found(plan, files):
     """With the digest of theirs by which they are verified; the last one may be shorter."""
-    batch = Batch((Extent(BLOCK, BLOCK), Extent(6 * BLOCK, 100)), digest="of the blocks")
+    batch = Batch((Extent(BLOCK, BLOCK), Extent(6 * BLOCK, 100)), digest=COMPARED)
     (part,) = look(plan, batch, eager())
     assert part.extents == (Extent(BLOCK + PIECE_SIZE, PIECE_SIZE), Extent(6 * BLOCK, 100))
     data = files[0].read_bytes()
@@ -63,21 +64,27 @@ def test_pieces_that_differ_are_found(plan, files):
 
 def test_batch_moves_as_it_is_where_nothing_differs_any_more(plan):
     """Somebody has changed one of the files since they were compared: what was found then is moved."""
-    batch = Batch((Extent(3 * BLOCK, BLOCK),))
+    batch = Batch((Extent(3 * BLOCK, BLOCK),), digest=COMPARED)
     assert look(plan, batch, eager()) == [batch]
 
 
 def test_nothing_is_looked_at_where_that_is_not_possible(plan):
     """With an old peer, and with blocks that aren't made of pieces."""
-    batch = Batch((Extent(BLOCK, BLOCK),))
+    batch = Batch((Extent(BLOCK, BLOCK),), digest=COMPARED)
     for other in (plan._replace(piece_size=0), plan._replace(block_size=BLOCK + 1)):
         assert look(other, batch, eager()) == [batch]
+
+
+def test_nothing_is_looked_at_that_was_not_compared(plan):
+    """It has no digest, and by its samples it differs all over."""
+    batch = Batch((Extent(BLOCK, BLOCK),))
+    assert look(plan, batch, eager()) == [batch]
 
 
 def test_pieces_grow_with_what_is_looked_at(plan, monkeypatch):
     """A request has room for so many digests."""
     monkeypatch.setattr(pieces, "MAX_PIECES", 4)
-    (part,) = look(plan, Batch((Extent(BLOCK, BLOCK),)), eager())
+    (part,) = look(plan, Batch((Extent(BLOCK, BLOCK),), digest=COMPARED), eager())
     assert part.extents == (Extent(BLOCK, 2 * PIECE_SIZE),) and part.unit == 2 * PIECE_SIZE
 
 
@@ -89,7 +96,7 @@ def test_many_pieces_make_several_batches(plan, files, monkeypatch):
     for number in range(0, 8, 2):
         data[BLOCK + number * PIECE_SIZE] ^= 1
     files[1].write_bytes(data)
-    parts = look(plan, Batch((Extent(BLOCK, BLOCK),)), eager())
+    parts = look(plan, Batch((Extent(BLOCK, BLOCK),), digest=COMPARED), eager())
     assert [len(part.extents) for part in parts] == [2, 2]
     assert len({part.digest for part in parts}) == 2
 
@@ -103,7 +110,7 @@ def test_sample_decides_when_nothing_is_known(plan, files):
             asked.append(sum(extent.size for extent in extents))
             return super().pieces(extents, size, method)
 
-    batch, judge = Batch((Extent(0, 6 * BLOCK),)), Judge()
+    batch, judge = Batch((Extent(0, 6 * BLOCK),), digest=COMPARED), Judge()
     files[1].write_bytes(os.urandom(SIZE))
     source, target = Recorder(plan.source.filename), LocalReplica(plan.target.filename)
     assert look_closely(plan, batch, source, target, judge) == [batch]
