@@ -14,6 +14,7 @@ import ctypes
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from pdiffcopy.blocks import FOLDER_MODE
 from pdiffcopy.exceptions import FileError
@@ -62,9 +63,10 @@ class Root(Namespace):
         """See :meth:`.Namespace.open`."""
         if "\0" in filename:
             raise ValueError("embedded null byte")  # where the system call would end the name
-        if self.walks:
-            return self._walk(filename, flags, mode)
-        return _openat2(self.fd, filename, flags, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        if not self.walks:
+            with suppress(BlockingIOError):  # as long as others rename or mount all the time
+                return _openat2(self.fd, filename, flags, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+        return self._walk(filename, flags, mode)
 
     def make_folder(self, filename: str, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Namespace.make_folder`."""
@@ -205,7 +207,7 @@ def _openat2(folder: int, path: str, flags: int, mode: int, resolve: int) -> int
         fd: int = _libc.syscall(_SYS_OPENAT2, folder, name, ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how)))
         if fd >= 0:
             return fd
-        # EAGAIN: something was renamed meanwhile, and the kernel can't be sure that ".." stayed inside.
+        # EAGAIN: something was renamed or mounted meanwhile, and the kernel can't be sure that ".." stayed inside.
         if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
             break
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)

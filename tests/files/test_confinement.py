@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -181,6 +182,26 @@ def test_deep_paths(root, tree):
     assert read(root, f"{path}/file") == "\0"
     assert read(root, path + "/.." * 100 + "/top") == "top"
     assert read(root, path + "/.." * 300 + "/secret") == "inside"
+
+
+def test_renames_all_the_time_stop_nobody(tree, monkeypatch):
+    """The kernel refuses to follow ``..`` then, so that is done step by step."""
+    root = Root(str(tree))
+    if root.walks:
+        pytest.skip("no openat2 here")
+    resolve = confinement._openat2
+
+    def refuse(folder, path, *arguments):
+        if ".." in path:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+        return resolve(folder, path, *arguments)
+
+    monkeypatch.setattr(confinement, "_openat2", refuse)
+    assert read(root, "/a/../top") == "top"
+    assert read(root, "/a/../../secret") == "inside"
+    with pytest.raises(FileMissingError):
+        read(root, "/a/../missing")
+    os.close(root.fd)
 
 
 # Creating {{{1
