@@ -3,7 +3,8 @@ Does everything differ?
 
 Where two files have nothing in common, comparing them takes longer than it saves. So where much in a row has differed,
 samples are compared of what comes next: a piece of each MiB, on both sides at the same time. As long as all of these
-differ, all that lies between them is moved without being compared. The first one that is equal ends that.
+differ, all that lies between them is moved without being compared. The first one that is equal ends that, and so does
+the first one of zeros, which needn't travel.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pdiffcopy.blocks import Block, Extent
 from pdiffcopy.client.delta import BATCH_SIZE
 from pdiffcopy.client.pieces import compare_pieces
 from pdiffcopy.client.plan import Plan
+from pdiffcopy.methods import get_hasher
 from pdiffcopy.replica import Replica
 
 ENOUGH = BATCH_SIZE
@@ -43,7 +45,7 @@ class Sampler:
         start = block.offset + block.size
         if self.differing < self.enough or start > self.last:
             return False
-        self.differing, self.end = 0, self._find_equal(start)
+        self.differing, self.end = 0, self._find_end(start)
         is_worth_it = self.end - start >= self.batch_size
         self.enough = ENOUGH if is_worth_it else 2 * self.enough
         return is_worth_it
@@ -55,13 +57,14 @@ class Sampler:
             yield from (Block(offset, size, True, "") for offset in range(start, self.end, size))
             start = self.end
             if start <= self.last:
-                self.end = self._find_equal(start)
+                self.end = self._find_end(start)
 
-    def _find_equal(self, start: int) -> int:
-        """Take samples behind an offset, and find the first block that one stands for which is equal."""
+    def _find_end(self, start: int) -> int:
+        """Take samples behind an offset, and find the first block of which one is equal or consists of zeros."""
         stop = start + min((self.last - start) // self.batch_size + 1, MOST_BATCHES) * self.batch_size
         unit, starts = self.plan.piece_size, range(start, stop - SPACING + 1, SPACING)
         samples = [Extent(at + at // SPACING * _STRIDE * unit % SPACING, unit) for at in starts]
         pieces = compare_pieces(samples, unit, self.plan.method, self.source, self.target)
-        equal = (at for at, (_, left, right) in zip(starts, pieces, strict=True) if left == right)
-        return next(equal, stop) // self.plan.block_size * self.plan.block_size
+        zeros = get_hasher(self.plan.method)(bytes(unit)).hexdigest()
+        found = (at for at, (_, left, right) in zip(starts, pieces, strict=True) if left in (right, zeros))
+        return next(found, stop) // self.plan.block_size * self.plan.block_size

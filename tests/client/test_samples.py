@@ -8,8 +8,9 @@ import random
 import pytest
 
 from pdiffcopy.address import Address
-from pdiffcopy.blocks import Extent
+from pdiffcopy.blocks import ZEROS, Extent
 from pdiffcopy.client import Client, samples
+from pdiffcopy.client.delta import Sparse
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.pipeline import find_blocks, generate_batches
 from pdiffcopy.client.plan import Plan, Target, Verification
@@ -116,6 +117,18 @@ def test_first_sample_that_is_equal_ends_it(sides, equal):
     sides.fill(range(equal))
     assert sides.find() == list(range(equal))
     assert sides.target.starts == [0, equal * BLOCK]
+
+
+def test_zeros_end_it(sides):
+    """They needn't travel, so they have to be found."""
+    sides.fill(range(COUNT))
+    with open(sides.source.filename, "r+b") as file:
+        file.seek(40 * BLOCK)
+        file.write(bytes(20 * BLOCK))
+    plan = sides.plan._replace(sparse=Sparse.AUTO, grain=4096)
+    blocks = list(find_blocks(plan, sides))
+    assert [block.offset // BLOCK for block in blocks if block.fill == ZEROS] == list(range(40, 60))
+    assert [start // BLOCK for start in sides.target.starts] == [0, 40]
 
 
 def test_much_has_to_differ_again_after_that(sides):
