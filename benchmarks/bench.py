@@ -104,6 +104,10 @@ class Results:
         samples = self.samples.get(case)
         return statistics.median(map(key, samples)) if samples else None
 
+    def largest(self, case: Case, key: Callable[[Sample], float]) -> float | None:
+        """The largest of something over the samples of a case, :data:`None` without any."""
+        return max(map(key, self.samples.get(case, ())), default=None)
+
     def as_list(self) -> list[dict[str, Any]]:
         """All cases with all of their samples, as JSON likes it."""
         cases = []

@@ -264,7 +264,7 @@ class _Ratios:
         for direction in (DOWNLOAD, UPLOAD):
             few, more = (many.get_names_case(count, direction) for count in many.count_names(self.memory_size))
             for side in ("client", "server"):
-                peaks = [self.results.median(case, partial(_get_peak, side)) for case in (few, more)]
+                peaks = [self.results.largest(case, partial(_get_peak, side)) for case in (few, more)]
                 if peaks[0] is not None and peaks[1] is not None:
                     yield f"{side}, {direction}", max(peaks[1] - peaks[0], 0) / (100 * 1024**2)
 
