@@ -92,9 +92,10 @@ def open_baseline(plan: Plan, replicas: Replicas) -> Replica:
 
 def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
     """Find out which blocks differ: a generator of all blocks of the source, some of them in runs."""
-    sampler, position = Sampler(plan, open_source(plan, replicas), open_baseline(plan, replicas)), 0
+    source, target = open_source(plan, replicas), open_baseline(plan, replicas)
+    sampler, position = Sampler(plan, source, target), 0
     while position < plan.size:
-        with closing(_compare(plan, replicas, position)) as compared:
+        with closing(_compare(plan, source, target, position)) as compared:
             for block in compared:
                 yield block
                 position += block.size
@@ -105,20 +106,16 @@ def find_blocks(plan: Plan, replicas: Replicas) -> Iterator[Block]:
             position += block.size
 
 
-def _compare(plan: Plan, replicas: Replicas, start: int) -> Generator[Block, None, None]:
+def _compare(plan: Plan, source: Replica, target: Replica, start: int) -> Generator[Block, None, None]:
     """Compare source and target from one block on."""
     comparison = Comparison(plan.size, plan.block_size, plan.sparse, get_hasher(plan.method), plan.grain or 1)
-    replica = open_baseline(plan, replicas)
-    if plan.needs_hashes:
-        source = _digests(plan, open_source(plan, replicas), start, plan.size)
-    else:
-        source = _find_runs(plan, open_source(plan, replicas))
-    target = _describe_target(plan, replica, start)
-    with closing(source), closing(target):
+    ours = _digests(plan, source, start, plan.size) if plan.needs_hashes else _find_runs(plan, source)
+    theirs = _describe_target(plan, target, start)
+    with closing(ours), closing(theirs):
         # The threads that hash a target nearby begin now, and not when the server of the source has answered.
-        first = list(islice(target, int(replica.is_near)))
-        yield from comparison.compare(source, chain(first, target), start)
-        next(target, None)  # lets it come to its end
+        first = list(islice(theirs, int(target.is_near)))
+        yield from comparison.compare(ours, chain(first, theirs), start)
+        next(theirs, None)  # lets it come to its end
 
 
 def _digests(plan: Plan, replica: Replica, start: int, stop: int) -> Generator[Item, None, None]:

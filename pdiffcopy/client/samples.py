@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdiffcopy.blocks import Block, Extent
+from pdiffcopy.blocks import Block, Extent, count_blocks
 from pdiffcopy.client.delta import BATCH_SIZE
 from pdiffcopy.client.pieces import compare_pieces
 from pdiffcopy.client.plan import Plan
@@ -34,10 +34,12 @@ class Sampler:
     def __init__(self, plan: Plan, source: Replica, target: Replica):
         """Initialize a sampler that has seen nothing."""
         self.plan, self.source, self.target = plan, source, target
-        self.batch_size = -(-BATCH_SIZE // plan.block_size) * plan.block_size
+        self.batch_size = count_blocks(BATCH_SIZE, plan.block_size) * plan.block_size
         # What the target doesn't have has to be moved anyway.
         self.last = min(plan.size, plan.target_size) - self.batch_size if plan.may_sample else -1
-        self.differing, self.enough, self.end = 0, ENOUGH, 0
+        self.differing, self.enough = 0, ENOUGH
+        # Up to where everything seems to differ, and up to where samples were taken to find that out.
+        self.end = self.stop = 0
 
     def can_skip(self, block: Block) -> bool:
         """Take note of a block that was compared, and tell whether a batch behind it, or more, seems to differ."""
@@ -45,7 +47,8 @@ class Sampler:
         start = block.offset + block.size
         if self.differing < self.enough or start > self.last:
             return False
-        self.differing, self.end = 0, self._find_end(start)
+        self.differing = 0
+        self._look(start)
         is_worth_it = self.end - start >= self.batch_size
         self.enough = ENOUGH if is_worth_it else 2 * self.enough
         return is_worth_it
@@ -56,15 +59,15 @@ class Sampler:
         while start < self.end:
             yield from (Block(offset, size, True, "") for offset in range(start, self.end, size))
             start = self.end
-            if start <= self.last:
-                self.end = self._find_end(start)
+            if self.stop == start <= self.last:
+                self._look(start)
 
-    def _find_end(self, start: int) -> int:
-        """Take samples behind an offset, and find the first block of which one is equal or consists of zeros."""
-        stop = start + min((self.last - start) // self.batch_size + 1, MOST_BATCHES) * self.batch_size
-        unit, starts = self.plan.piece_size, range(start, stop - SPACING + 1, SPACING)
+    def _look(self, start: int) -> None:
+        """Take samples from an offset on, and find the first block of which one is equal or consists of zeros."""
+        self.stop = start + min((self.last - start) // self.batch_size + 1, MOST_BATCHES) * self.batch_size
+        unit, starts = self.plan.piece_size, range(start, self.stop - SPACING + 1, SPACING)
         samples = [Extent(at + at // SPACING * _STRIDE * unit % SPACING, unit) for at in starts]
         pieces = compare_pieces(samples, unit, self.plan.method, self.source, self.target)
         zeros = get_hasher(self.plan.method)(bytes(unit)).hexdigest()
         found = (at for at, (_, left, right) in zip(starts, pieces, strict=True) if left in (right, zeros))
-        return next(found, stop) // self.plan.block_size * self.plan.block_size
+        self.end = next(found, self.stop) // self.plan.block_size * self.plan.block_size

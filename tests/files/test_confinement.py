@@ -187,14 +187,10 @@ def test_deep_paths(root, tree):
 def test_renames_all_the_time_stop_nobody(tree, monkeypatch):
     """The kernel refuses to follow ``..`` then, so that is done step by step."""
     root = Root(str(tree))
-    if root.walks:
-        pytest.skip("no openat2 here")
-    resolve = confinement._openat2
+    root.walks = False
 
     def refuse(folder, path, *arguments):
-        if ".." in path:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
-        return resolve(folder, path, *arguments)
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
 
     monkeypatch.setattr(confinement, "_openat2", refuse)
     assert read(root, "/a/../top") == "top"
