@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.job import Job
-from pdiffcopy.entries import Kind
+from pdiffcopy.entries import Entry, Kind
 from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, ForbiddenError, UsageError
 from pdiffcopy.replica import Replica
 
@@ -16,20 +17,26 @@ def join(folder: Address, name: str) -> Address:
     return folder._replace(filename=f"{folder.filename.rstrip('/')}/{name}")
 
 
-def find_kind(replica: Replica, option: str = "") -> Kind:
+def take_first(entries: Iterator[Entry], label: str, option: str = "") -> Entry:
     """
-    Find out what a name leads to.
+    Take the first entry of a listing, which is what the name leads to.
 
-    :param option: What takes an answer to that.
-    :raises: :exc:`.UsageError` for a server that is too old to tell, if there's an option.
+    :param label: The name.
+    :param option: What takes a listing.
+    :raises: :exc:`.UsageError` for a server that is too old to list anything, if there's an option.
     """
     try:
-        return next(replica.entries(0)).kind
+        return next(entries)
     except FileMissingError:  # what is missing is the endpoint: that there's no such file would be an answer
         if option:
             text = "The server of {label} is too old for {option} (or it isn't pdiffcopy)"
-            raise UsageError(text, label=replica.label, option=option) from None
-        return Kind.OTHER
+            raise UsageError(text, label=label, option=option) from None
+        return Entry("", Kind.OTHER)
+
+
+def find_kind(replica: Replica, option: str = "") -> Kind:
+    """Find out what a name leads to, see :func:`take_first`."""
+    return take_first(replica.entries(0), replica.label, option).kind
 
 
 def is_folder(replica: Replica) -> bool:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from pdiffcopy.address import Address
-from pdiffcopy.client.places import find_kind
+from pdiffcopy.client.places import take_first
 from pdiffcopy.client.selection import Chosen, Selection
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.entries import MAX_DEPTH, Entry, Kind
@@ -39,11 +39,9 @@ def select_tree(
              what would be read as one thing and written to as another.
     """
     selection = Selection([source], target, True, replaces)
-    replicas = servers.open(selection.root), servers.open(selection.target)
-    for replica in replicas:
-        find_kind(replica, "-r")
-    ours, theirs = (replica.entries(MAX_DEPTH) for replica in replicas)
-    root, other_root = next(ours), next(theirs)
+    source_replica, target_replica = servers.open(selection.root), servers.open(selection.target)
+    ours, theirs = source_replica.entries(MAX_DEPTH), target_replica.entries(MAX_DEPTH)
+    root, other_root = take_first(ours, source_replica.label, "-r"), take_first(theirs, target_replica.label, "-r")
     _check_roots(root, other_root, selection)
     chooser = _Chooser(rules, selection)
     chooser.choose(root, other_root)

@@ -23,13 +23,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import Queue, SimpleQueue
 
 from pdiffcopy.client.delta import Batch
 from pdiffcopy.client.flight import Flight, Outcome, Outcomes, Small
-from pdiffcopy.client.job import Ended, Job, attempt_all, concerns_one_file
+from pdiffcopy.client.job import Ended, Job, attempt, attempt_all, concerns_one_file
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import Finder, transfer_batch
 from pdiffcopy.client.plan import Options, Plan, Result
@@ -64,13 +65,25 @@ def share(
     :param is_alone: Whether there is one file only, so that a failure ends all.
     :returns: A generator of what became of each file.
     """
+    jobs, own = iter(jobs), servers
     if not is_alone:
         servers = servers.sharing(options.concurrency)
+        own = servers.combined()
+        jobs = _look_ahead(jobs, own)
     with _starting(find, options, servers, reporter, is_alone) as (outcomes, orders):
-        flight = Flight(iter(jobs), servers if is_alone else servers.combined(), orders, is_alone)
+        flight = Flight(jobs, own, orders, is_alone)
         for ended in flight.watch(outcomes):
             reporter.end_file()
             yield ended
+
+
+def _look_ahead(jobs: Iterator[Job], servers: Servers) -> Iterator[Job]:
+    """Look at the first file, so that all processes know what the servers can do."""
+    if first := next(jobs, None):
+        first.servers = servers
+        attempt(first, partial(first.look, writes=True))  # what forbids it is told when it begins
+        return chain([first], jobs)
+    return jobs
 
 
 @contextmanager
