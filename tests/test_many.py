@@ -17,6 +17,7 @@ import pytest
 
 from pdiffcopy.address import Address
 from pdiffcopy.client import Client
+from pdiffcopy.client.flight import MAX_SMALL
 from pdiffcopy.client.summary import FileReport, Summary
 from pdiffcopy.exceptions import FileForbiddenError, FilesFailedError, ProgramError, SourceChangedError, UsageError
 from tests.relay import RelayProcess
@@ -643,11 +644,31 @@ def test_files_share_round_trips(launch, tmp_path, direction, options):
     places = [str(source), server.location(target)] if direction == "upload" else [server.location(source), str(target)]
     report = run("-r", *options, *places)
     assert (report["equal"], report["updated"]) == (count - 1, 1)
-    # The requests that make up one are told, too.
-    lines = server.log.read_text().splitlines()
-    asked = Counter(match[1] for line in lines if (match := re.search("endpoint=/([a-z]+)", line)))
+    asked = count_requests(server)
     assert asked["info"] + asked["summary"] >= count
     assert 0 < asked["many"] < sum(asked.values()) / 3
+
+
+def count_requests(server) -> Counter[str]:
+    """Count what a server was asked for. The requests that make up one are told, too."""
+    lines = server.log.read_text().splitlines()
+    return Counter(match[1] for line in lines if (match := re.search("endpoint=/([a-z]+)", line)))
+
+
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_no_process_asks_what_is_known(launch, tmp_path, direction):
+    """A file is looked at when it begins and when it ends, and a target is listed once."""
+    for folder in (tmp_path / "source", tmp_path / "target"):
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).touch()
+            os.truncate(folder / name, MAX_SMALL + 1)
+    server = launch("--access-log=-")
+    places = locate(server, direction, tmp_path / "source", tmp_path / "target")
+    assert run("-r", *places)["equal"] == 3
+    asked = count_requests(server)
+    assert asked["info"] == 6
+    assert direction == "download" or asked["list"] == 1
 
 
 def test_orders_do_not_wait_for_workers(server, tmp_path):
