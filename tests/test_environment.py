@@ -66,6 +66,23 @@ def test_missing_shared_memory_is_one_line(source, tmp_path):
     assert "/dev/shm" in assert_refused(result, tmp_path / "target")
 
 
+@needs_root
+@pytest.mark.parametrize("role", ["client", "server"])
+def test_hidden_boot_is_one_line(source, tmp_path, role):
+    """Without it a file may pass for another one, or for one that was there before the machine went down."""
+    target = tmp_path / "target"
+    hide = "mount -t proc -o subset=pid,hidepid=invisible proc /proc"
+    prefix = ["unshare", "-m", "sh", "-c", f"{hide} && exec \"$@\"", "sh"]
+    places = ["--json", source, target] if role == "client" else ["--listen", "127.0.0.1:1"]
+    result = run_pdiffcopy(*places, prefix=prefix)
+    if "mount:" in result.stderr:
+        pytest.skip("this kernel can't hide it")
+    assert result.returncode == 1
+    assert "boot_id, by which files are told apart: No such file" in error_lines(result)[0]
+    assert "ProcSubset=pid" in error_lines(result)[0]
+    assert not target.exists()
+
+
 def limit_files(count):
     """Allow so many open files."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))

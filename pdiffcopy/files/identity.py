@@ -6,6 +6,9 @@ import os
 import stat
 from functools import cache
 
+from pdiffcopy.exceptions import FileError
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 SHORT_TICK, LONG_TICK = 20_000_000, 2_000_000_000
 """How long two changes may bear the same time, in nanoseconds: the kernel's clock takes steps of up to 10 ms, and
 times without fractions belong to a file system that counts seconds (ext4 with small inodes) or pairs of them (FAT)."""
@@ -18,7 +21,7 @@ def identify(status: os.stat_result) -> str:
     Each of several nodes of a block device has an inode of its own, so there it's the number of the device that counts.
     """
     number = f"{status.st_rdev:x}" if stat.S_ISBLK(status.st_mode) else f"{status.st_dev:x}:{status.st_ino:x}"
-    return f"{number}@{_get_boot_id()}"
+    return f"{number}@{find_boot()}"
 
 
 def share_machine(identity: str, other: str) -> bool:
@@ -27,13 +30,18 @@ def share_machine(identity: str, other: str) -> bool:
 
 
 @cache
-def _get_boot_id() -> str:
-    """A random word that the kernel chooses when it starts (random(4))."""
+def find_boot() -> str:
+    """
+    Find the random word that the kernel chooses when it starts (random(4)).
+
+    :raises: :exc:`.FileError` where it's hidden. Without it other files would pass for those that they were before.
+    """
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as handle:
+        with open(_BOOT_ID, encoding="ascii") as handle:
             return handle.read().strip()
-    except OSError:
-        return ""
+    except OSError as e:
+        text = "Can't read {name}, by which files are told apart: {reason} (does ProcSubset=pid hide it?)"
+        raise FileError(text, name=_BOOT_ID, reason=e.strerror) from e
 
 
 def get_settling_time(mtime_ns: int, ctime_ns: int, now_ns: int) -> int:

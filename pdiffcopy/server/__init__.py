@@ -14,6 +14,7 @@ from flask import Flask
 
 from pdiffcopy import DEFAULT_CONCURRENCY, DEFAULT_PORT
 from pdiffcopy.address import parse_listen
+from pdiffcopy.files.identity import find_boot
 from pdiffcopy.security import check_certificate, load_token, warn_of_strangers
 from pdiffcopy.server.admission import Gate
 from pdiffcopy.server.application import Settings, create_app
@@ -59,6 +60,7 @@ def start_server(
     from pdiffcopy.server.daemon import Daemon
 
     check_concurrency(concurrency)
+    find_boot()
     host, port = parse_listen(address or str(DEFAULT_PORT))
     check_certificate(certfile, keyfile)
     settings = settings or Settings(token=load_token())
