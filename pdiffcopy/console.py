@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import coloredlogs
 
-from pdiffcopy.exceptions import FileError, ProgramError, describe_error, printable
+from pdiffcopy.exceptions import FileError, ProgramError, UsageError, describe_error, printable
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,9 @@ def log_messages() -> None:
         logger.warning("Messages look plain, since $COLOREDLOGS_... has a bad value: %s", e)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_escape)
-    # It prints tracebacks of what ends up as one line in our own words.
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    # They print tracebacks of what ends up as one line in our own words, and hundreds of lines about properties.
+    for name in ("urllib3", "property_manager"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _escape(record: logging.LogRecord) -> bool:
@@ -177,8 +178,8 @@ def describe_end(reason: BaseException) -> tuple[str, int]:
 
 
 def show_traceback(reason: BaseException) -> None:
-    """Print where an error comes from, if the user wants to know."""
-    if logger.isEnabledFor(logging.INFO - 1) and not isinstance(reason, EndingSignal):
+    """Print where an error comes from, if the user wants to know (and hasn't typed it)."""
+    if logger.isEnabledFor(logging.INFO - 1) and not isinstance(reason, (EndingSignal, UsageError)):
         traceback.print_exception(reason)
 
 

@@ -31,9 +31,9 @@ _SIZE = re.compile(r"[0-9]+(\.[0-9]+)? *([kmgtpezy]i?b?|b|bytes?)?", re.ASCII | 
 
 def _parse_size(option: str, value: str) -> int:
     try:
-        # humanfriendly looks at nothing but the first letter of a unit, so a Mbit would be a megabyte.
+        # humanfriendly looks at the first letter of a unit, so a Mbit would be a megabyte, and so would a Mi.
         if _SIZE.fullmatch(value):
-            return int(parse_size(value))
+            return int(parse_size(f"{value}B" if value[-1] in "iI" else value))
     except (ValueError, OverflowError):  # for a number without end
         pass
     text = "{option} needs a size in bytes like 65536, 64KiB or 4MiB, not {value}"

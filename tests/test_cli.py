@@ -192,12 +192,14 @@ def test_options_may_stand_anywhere(files):
     assert "two locations" in assert_fails(run_pdiffcopy("--", "--help"), 1)
 
 
-@pytest.mark.parametrize("size", ["4096", "4KiB", "4 KiB", "4k"])
-def test_block_size_takes_units(files, size):
-    """A number of bytes, or a number and a unit."""
+@pytest.mark.parametrize(
+    ("size", "expected"), [("4096", 4096), ("4KiB", 4096), ("4 KiB", 4096), ("4Ki", 4096), ("4k", 4000), ("4KB", 4000)]
+)
+def test_block_size_takes_units(files, size, expected):
+    """A number of bytes, or a number and a unit: those with an i are powers of 1024."""
     result = run_pdiffcopy("--json", "-n", "-b", size, *files)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["block_size"] in (4096, 4000)
+    assert json.loads(result.stdout)["block_size"] == expected
 
 
 # Runs {{{1
@@ -431,7 +433,9 @@ def test_control_characters_are_escaped(tmp_path):
 
 
 def test_traceback_only_when_asked_for(tmp_path):
-    """``-v`` shows where an error came from."""
+    """``-v`` shows where an error came from, unless that's the command line."""
+    result = run_pdiffcopy("-avc", tmp_path / "source", tmp_path / "target")
+    assert assert_fails(result, 1).startswith("pdiffcopy: --concurrency needs a whole number")
     arguments = [tmp_path / "nothing", tmp_path / "target"]
     assert "Traceback" not in run_pdiffcopy(*arguments).stderr
     result = run_pdiffcopy("-v", *arguments)

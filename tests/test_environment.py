@@ -72,7 +72,7 @@ def test_hidden_boot_is_one_line(source, tmp_path, role):
     """Without it a file may pass for another one, or for one that was there before the machine went down."""
     target = tmp_path / "target"
     hide = "mount -t proc -o subset=pid,hidepid=invisible proc /proc"
-    prefix = ["unshare", "-m", "sh", "-c", f"{hide} && exec \"$@\"", "sh"]
+    prefix = ["unshare", "-m", "sh", "-c", f'{hide} && exec "$@"', "sh"]
     places = ["--json", source, target] if role == "client" else ["--listen", "127.0.0.1:1"]
     result = run_pdiffcopy(*places, prefix=prefix)
     if "mount:" in result.stderr:

@@ -548,6 +548,24 @@ def test_new_folders_are_for_nobody_else(tmp_path, place):
     assert found == {"a": 0o750, "a/b": 0o700, "c": 0o755, "d": 0o755}
 
 
+@pytest.mark.parametrize(("rule", "excluded"), [("--exclude=db", False), ("--exclude=db*", True)])
+def test_user_learns_that_a_folder_was_excluded_alone(tmp_path, place, tree, rule, excluded):
+    """That's not what others mean by it, and what is in it may be nobody's business."""
+    result = run_pdiffcopy("-r", rule, *place(tree, tmp_path / "target"))
+    assert result.returncode == 0
+    assert ("--exclude=db excludes the folder db, but not what is in it" in result.stderr) is not excluded
+    assert (tmp_path / "target/db").exists() is not excluded
+
+
+@pytest.mark.parametrize("rule", ["--exclude=db/", "--exclude=/db", "--include=/db/*"])
+def test_rule_that_fits_nothing_is_refused(tmp_path, place, tree, rule):
+    """What should have stayed where it was would be copied."""
+    result = run_pdiffcopy("-r", rule, *place(tree, tmp_path / "target"))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and f"{rule} fits no name below the folder" in line
+    assert not (tmp_path / "target").exists()
+
+
 @pytest.mark.parametrize("rules", [("--include=*.img", "--exclude=*"), ("--exclude=secret", "--exclude=secret/sub")])
 def test_excluded_folders_of_chosen_files_are_like_those_of_the_source(tmp_path, place, rules):
     """They're needed, so they're for nobody else, and -a keeps what belongs to them. Others aren't made."""

@@ -7,6 +7,7 @@ are left out and counted, and nothing is followed.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -19,6 +20,8 @@ from pdiffcopy.client.servers import Servers
 from pdiffcopy.entries import MAX_DEPTH, Entry, Kind
 from pdiffcopy.exceptions import FileMissingError, UsageError
 
+logger = logging.getLogger(__name__)
+
 
 class Rule(NamedTuple):
     """What is chosen."""
@@ -26,6 +29,10 @@ class Rule(NamedTuple):
     includes: bool
     glob: str
     """A pattern for names below the folder. ``*`` stands for any characters, slashes too."""
+
+    def __str__(self) -> str:
+        """As the user spells it."""
+        return f"--{'include' if self.includes else 'exclude'}={self.glob}"
 
 
 def select_tree(
@@ -35,9 +42,15 @@ def select_tree(
     Choose the files below a folder.
 
     :param replaces: Whether new files take the place of those in the target.
-    :raises: :exc:`.UsageError` when a server is too old to list a folder, for what is a file on one side only, and for
-             what would be read as one thing and written to as another.
+    :raises: :exc:`.UsageError` for a rule that fits nothing, when a server is too old to list a folder, for what is a
+             file on one side only, and for what would be read as one thing and written to as another.
     """
+    for rule in rules:
+        if rule.glob.startswith("/") or rule.glob.endswith("/"):
+            text = (
+                "{rule} fits no name below the folder: they don't begin or end with a slash ('a/*' is all that's in a)"
+            )
+            raise UsageError(text, rule=rule)
     selection = Selection([source], target, True, replaces)
     source_replica, target_replica = servers.open(selection.root), servers.open(selection.target)
     ours, theirs = source_replica.entries(MAX_DEPTH), target_replica.entries(MAX_DEPTH)
@@ -80,6 +93,7 @@ class _Chooser:
         self.rules, self.selection = rules, selection
         self.pending: list[tuple[Entry, Entry]] = []
         """The excluded folders in which the current entry lies: they are needed if anything in them is chosen."""
+        self.has_warned = False
         self.closed = Entry("", Kind.MISSING)
         """The last folder of the target that may not be read: nothing in it is chosen."""
 
@@ -92,17 +106,30 @@ class _Chooser:
         elif entry.kind not in (Kind.FILE, Kind.FOLDER):
             self.selection.skip(entry.name, entry.kind.value)
         elif self._is_included(entry.name):
-            for ancestor in self.pending:
-                self.choose(*ancestor)
-            self.pending.clear()
+            self._choose_pending(entry.name)
             self.choose(entry, there)
         elif entry.kind is Kind.FILE:
             self.selection.skip(entry.name, "excluded")
         else:
             self.pending.append((entry, there))
 
+    def _choose_pending(self, name: str) -> None:
+        """Choose the excluded folders in which something chosen lies."""
+        if self.pending and not self.has_warned and not self._find_rule(name):
+            self.has_warned = True
+            folder, rule = self.pending[0][0].name, self._find_rule(self.pending[0][0].name)
+            text = "%s excludes the folder %s, but not what is in it: add --exclude='%s/*' to leave that out"
+            logger.warning(text, rule, folder, folder)
+        for ancestor in self.pending:
+            self.choose(*ancestor)
+        self.pending.clear()
+
+    def _find_rule(self, name: str) -> Rule | None:
+        return next((rule for rule in self.rules if fnmatchcase(name, rule.glob)), None)
+
     def _is_included(self, name: str) -> bool:
-        return next((rule.includes for rule in self.rules if fnmatchcase(name, rule.glob)), True)
+        rule = self._find_rule(name)
+        return not rule or rule.includes
 
     def _judge_unreadable(self, name: str) -> None:
         """Leave out a folder that the user doesn't want. What might be chosen in any other one can't be known."""
