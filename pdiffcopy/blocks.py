@@ -144,6 +144,11 @@ class Metadata(NamedTuple):
     mtime_ns: int | None = None
     """The time of the last modification in nanoseconds since 1970, which may be negative."""
 
+    @property
+    def names_owner(self) -> bool:
+        """Whether it says whose the file is, or which group it belongs to."""
+        return self.uid is not None or self.gid is not None
+
     def with_access(self) -> Metadata:
         """The same, but the owner may read and write."""
         return self if self.mode is None else self._replace(mode=self.mode | 0o600)

@@ -20,8 +20,23 @@ from pdiffcopy.features import FEATURES
 from pdiffcopy.files import kernel
 from pdiffcopy.files.listing import list_folder
 from pdiffcopy.files.localfile import LocalFile, create_alone
-from pdiffcopy.files.metadata import read_metadata, try_metadata, write_folder_metadata, write_metadata
-from pdiffcopy.files.names import MACHINE, Namespace, create_file, create_folder, find_room, opened_folder, sync_folder
+from pdiffcopy.files.metadata import (
+    read_metadata,
+    try_metadata,
+    try_new_metadata,
+    write_folder_metadata,
+    write_metadata,
+)
+from pdiffcopy.files.names import (
+    MACHINE,
+    Namespace,
+    create_file,
+    create_folder,
+    find_room,
+    opened_folder,
+    opened_nearest,
+    sync_folder,
+)
 from pdiffcopy.files.room import get_room
 from pdiffcopy.files.staging import NewVersion, is_new_version
 from pdiffcopy.files.stored import Stored
@@ -205,6 +220,8 @@ class LocalReplica(Replica):
         :param metadata: What it gets after that, while nobody else can claim it.
         :raises: :exc:`.FileError` when it exists, or when that isn't possible or makes no sense.
         """
+        if metadata.names_owner:
+            self._try_new_metadata(metadata)
         with create_alone(self.filename, self.namespace, mode, reading.size) as file:
             claimed = file.claims.take(run)
             run = run if claimed else ""
@@ -235,8 +252,17 @@ class LocalReplica(Replica):
             with opened_folder(self.filename, self.namespace) as fd:
                 write_folder_metadata(fd, self.filename, metadata)
             return
-        with self._open(write=True) as file, file.claims.writing(run):
-            (try_metadata if in_advance else write_metadata)(file.fd, self.filename, metadata)
+        try:
+            with self._open(write=True) as file, file.claims.writing(run):
+                (try_metadata if in_advance else write_metadata)(file.fd, self.filename, metadata)
+        except FileMissingError:
+            if not in_advance or self.file_id:
+                raise
+            self._try_new_metadata(metadata)
+
+    def _try_new_metadata(self, metadata: Metadata) -> None:
+        with opened_nearest(self.filename, self.namespace) as folder:
+            try_new_metadata(folder, self.filename, metadata)
 
     def make_folder(self, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Replica.make_folder`."""

@@ -206,7 +206,7 @@ class Replica(ABC):
         Give the file (or the folder) other metadata.
 
         :param in_advance: Whether the contents are still to come: it's only found out whether all of it may be, and
-                           those lose access who aren't going to have any.
+                           those lose access who aren't going to have any. (The file itself may be still to come, too.)
         """
 
     @abstractmethod

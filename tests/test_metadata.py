@@ -20,7 +20,8 @@ from pdiffcopy.exceptions import FileForbiddenError, ForbiddenError, ProgramErro
 from pdiffcopy.files import metadata as metadata_module
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
-from tests.support import error_lines, run_pdiffcopy, snapshot, write_pattern
+from pdiffcopy.wholes import MAX_WHOLE
+from tests.support import UNPRIVILEGED, error_lines, run_pdiffcopy, snapshot, write_pattern
 
 DIRECTIONS = ("local", "upload", "download")
 SECOND = 10**9
@@ -89,6 +90,32 @@ def test_one_of_it(server, tmp_path, source, direction, option, index):
     expected = list(before)
     expected[index] = look_at(source)[index]
     assert list(look_at(target)) == expected
+
+
+@pytest.fixture
+def helpless(launch, direction):
+    """What a command line begins with, and a server: whoever writes is root, but can't give files away."""
+    is_local = direction != "upload"
+    return UNPRIVILEGED if is_local else (), launch(prefix=() if is_local else UNPRIVILEGED)
+
+
+@pytest.mark.parametrize("option", ["-o", "-g"])
+@pytest.mark.parametrize("size", [1000, MAX_WHOLE + 1])
+@pytest.mark.parametrize("more", [(), ("--atomic",)], ids=["plain", "atomic"])
+def test_owner_that_can_not_be_is_refused_before_there_is_a_file(helpless, tmp_path, direction, option, size, more):
+    """There's no way to take it back."""
+    prefix, server = helpless
+    (tmp_path / "folder").mkdir()
+    source, target = tmp_path / "folder/file", tmp_path / "target/file"
+    source.touch()
+    os.truncate(source, size)
+    os.chown(source, 1234, 5678)
+    for arguments in ((option, source, target), ("-r", option, source.parent, target.parent)):
+        result = run_pdiffcopy(*arguments[:-2], *more, *get_places(server, direction, *arguments[-2:]), prefix=prefix)
+        assert result.returncode == 1
+        (line,) = [line for line in result.stderr.splitlines() if "Can't set owner and group of" in line]
+        assert "Operation not permitted (only root can: leave out -o and -g" in line
+        assert not target.parent.exists() or list(target.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("time", [-1, -(10**9) * SECOND + 5, 0, 5 * 10**9 * SECOND + 1], ids=str)
@@ -169,7 +196,7 @@ def test_what_may_not_be_set_is_known_in_advance(tmp_path, source, option, monke
         monkeypatch.setattr(metadata_module.os, name, refuse)
     names = {"-p": "perms", "-t": "times", "-o": "owner"}
     client = Client(source=str(source), target=str(target), **{names[option]: True})
-    with pytest.raises(ProgramError, match="Can't set the (owner|mode|time) of .*target"):
+    with pytest.raises(ProgramError, match="Can't set (owner and group|the mode|the time) of .*target"):
         client.run()
     assert (target.read_bytes(), look_at(target)) == before
 

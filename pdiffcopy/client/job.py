@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from pdiffcopy.address import Address
@@ -100,6 +100,9 @@ class Job:
         if writes and self.options.wants_metadata:
             self.metadata = self.options.select(source.replica.pinned(source.info.file_id, is_source=True).metadata())
             self.planner.check_mode(self.metadata.mode)
+            if self.metadata.names_owner and not target.info.exists:
+                with suppress(FileMissingError):  # an old server tells when there is a file
+                    target.replica.set_metadata(self.metadata, in_advance=True)
         # From then on each change of the source shows in its time. It comes before anything of it is read.
         if source.info.settles_ms:
             time.sleep(source.info.settles_ms / 1000)

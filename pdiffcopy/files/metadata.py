@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pdiffcopy.blocks import MAX_MODE, Metadata
-from pdiffcopy.exceptions import FileError, translating
+from pdiffcopy.exceptions import FileError, FileForbiddenError, translating
 
 OWNER_ONLY = 0o600
 """The mode of what only its owner can open. Whoever writes to a file needs it."""
@@ -39,8 +39,12 @@ def write_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     if metadata.mode is not None:
         with translating("set the mode of", filename):  # a new owner isn't let in for a moment
             limit(fd, metadata.mode | OWNER_ONLY)
-    with translating("set the owner of", filename):
-        _set_owner(fd, metadata)
+    try:
+        with translating("set owner and group of", filename):
+            _set_owner(fd, metadata)
+    except FileForbiddenError as e:
+        text = "{reason} (only root can: leave out -o and -g, or write -r -p -t for -a)"
+        raise FileForbiddenError(text, reason=e) from e
     if metadata.mode is not None:
         with translating("set the mode of", filename):
             os.fchmod(fd, metadata.mode)
@@ -80,6 +84,23 @@ def try_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     finally:
         with suppress(OSError):  # the group may be one that its owner isn't in
             _set_owner(fd, Metadata(uid=before.st_uid, gid=before.st_gid))
+
+
+def try_new_metadata(folder: int, filename: str, metadata: Metadata) -> None:
+    """
+    Find out whether a file that doesn't exist may get some metadata: one without a name does, where there can be any.
+
+    :param folder: The open folder (``O_PATH``) in which it's going to be, or the nearest one that exists.
+    :raises: :exc:`.FileForbiddenError` when it may not.
+    """
+    try:
+        fd = os.open(f"/proc/self/fd/{folder}", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, OWNER_ONLY)
+    except OSError:  # whoever creates the file will tell
+        return
+    try:
+        write_metadata(fd, filename, metadata)
+    finally:
+        os.close(fd)
 
 
 def limit(fd: int, mode: int) -> None:

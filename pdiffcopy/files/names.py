@@ -172,6 +172,17 @@ def find_room(filename: str, namespace: Namespace) -> int | None:
         os.close(fd)
 
 
+@contextmanager
+def opened_nearest(filename: str, namespace: Namespace) -> Iterator[int]:
+    """Open the nearest folder that would have a file (``O_PATH``)."""
+    with translating("create", filename):
+        fd, _ = _open_nearest(filename, namespace)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _check_place(filename: str, namespace: Namespace) -> None:
     """
     Refuse to create what would be no file.
