@@ -1,5 +1,6 @@
 """
-Hold the code against the picture of the house (CONTRIBUTING.rst): floors, wings, and how large a room may be.
+Hold the code against the picture of the house (CONTRIBUTING.rst): floors, wings, and how large a room may be. What
+docs/design.rst draws of it has all rooms.
 
 A module may import from its own wing and from the floors below, whatever the import looks like (at the top, inside a
 function, for the type checker only), and never in a circle.
@@ -11,11 +12,12 @@ import ast
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "pdiffcopy"
+DESIGN = Path(__file__).parents[1] / "docs" / "design.rst"
 
 FLOORS: list[dict[str, str]] = [
     {"ground": r"|cores|exceptions|address|blocks|entries|digests|methods|security|pace"},
@@ -101,11 +103,20 @@ def check_sizes(modules: dict[str, ast.Module]) -> Iterator[str]:
         yield f"half of the functions have more than {MEDIAN_FUNCTION} lines"
 
 
+def check_house(names: Iterable[str]) -> Iterator[str]:
+    """Yield a complaint for each module that the house in docs/design.rst lacks."""
+    _, _, text = DESIGN.read_text("utf-8").partition("\nThe house\n")
+    house = set(re.findall(r"\w+", text.partition("\n::\n")[2].partition("\nThe client and")[0]))
+    for name in names:
+        if (room := name.rpartition(".")[2]) not in house | {"", "__main__"}:
+            yield f"{room} isn't in the house of {DESIGN.name}"
+
+
 def main() -> None:
     """Print what doesn't fit, and fail if there is anything."""
     modules = read_modules()
     imports = {name: find_imports(tree, set(modules)) for name, tree in modules.items()}
-    complaints = [*check_arrows(imports), *check_sizes(modules)]
+    complaints = [*check_arrows(imports), *check_sizes(modules), *check_house(modules)]
     for complaint in complaints:
         print(complaint)
     arrows = sum(map(len, imports.values()))
