@@ -160,7 +160,11 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         pairs, locations = getopt.gnu_getopt(arguments, short, [*long, *_OTHERS])
     except getopt.GetoptError as e:
-        raise UsageError("{reason} (pdiffcopy --help explains)", reason=e.msg) from None
+        import difflib
+
+        similar = difflib.get_close_matches(e.opt, [name[2:] for name in OPTIONS], n=1)
+        remedy = f"is it --{similar[0]}?" if similar else "pdiffcopy --help explains"
+        raise UsageError("{reason} ({remedy})", reason=e.msg, remedy=remedy) from None
     options: dict[str, Any] = {}
     for name, value in pairs:
         name = SHORT.get(name, name)

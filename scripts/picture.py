@@ -1,6 +1,7 @@
 """
-Hold the code against the picture of the house (CONTRIBUTING.rst): floors, wings, and how large a room may be. What
-docs/design.rst draws of it has all rooms.
+Hold the code against the picture of the house (CONTRIBUTING.rst): floors, wings, and how large a room may be.
+
+What docs/design.rst draws of it has all rooms.
 
 A module may import from its own wing and from the floors below, whatever the import looks like (at the top, inside a
 function, for the type checker only), and never in a circle.

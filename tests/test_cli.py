@@ -423,7 +423,7 @@ def test_unreachable_server_is_one_line(files):
     """The line names the server and what's wrong."""
     port = find_free_port()
     line = assert_fails(run_pdiffcopy("--retries=0", files[0], f"127.0.0.1:{port}/x"), 1)
-    assert f"127.0.0.1:{port}" in line and "Connection refused" in line
+    assert f"127.0.0.1:{port}" in line and "Connection refused (is it running, and is that its port?)" in line
 
 
 def test_control_characters_are_escaped(tmp_path):

@@ -1,18 +1,20 @@
 """
 How are connections to a server opened, kept and used again?
 
-By requests, of which some habits are taken away. It looks for proxies and credentials in the environment; and
-http.client below it skips ``100 Continue`` (RFC 9110, section 15.2.1) for as long as a server sends it, and takes the
-end of a connection for the end of a head. What it learns is to send a file without reading it.
+By requests, of which some habits are taken away. It looks for proxies and credentials in the environment, keeps
+cookies, and reads what comes with a redirect, however much that is; and http.client below it skips ``100 Continue``
+(RFC 9110, section 15.2.1) for as long as a server sends it, and takes the end of a connection for the end of a head.
+What it learns is to send a file without reading it.
 """
 
 from __future__ import annotations
 
 import socket
 from http.client import HTTPException, HTTPResponse
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, BinaryIO
 
-from requests import Session
+from requests import Response, Session
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
@@ -36,8 +38,9 @@ def open_session(host: str, token: str = "", ca_file: str = "") -> Session:
     :param ca_file: The certificate authority to trust for https (empty for those that requests trusts).
     :raises: :exc:`.FileError` when `ca_file` can't be used.
     """
-    session = Session()
+    session = _Session()
     session.trust_env = False
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     session.headers.update({"Accept-Encoding": "identity", "User-Agent": f"pdiffcopy/{__version__}"})
     if token:
         session.headers["Authorization"] = f"Bearer {token}"
@@ -48,6 +51,11 @@ def open_session(host: str, token: str = "", ca_file: str = "") -> Session:
     for scheme in _POOLS:
         session.mount(f"{scheme}://", adapter)
     return session
+
+
+class _Session(Session):
+    def get_redirect_target(self, resp: Response) -> None:
+        """Nothing is followed. Where there's a target, a session reads (and unpacks) all of the body in any case."""
 
 
 class _Head:

@@ -54,12 +54,16 @@ def make_foreign_error(url: str) -> TransientError:
     return TransientError(text, url=url, status=0)
 
 
-def fail(url: str, request: Request, status: int, detail: str, is_ours: bool = True) -> NoReturn:
+OR_OTHER = " (or it isn't pdiffcopy that answers there)"
+"""What else may be the case where a server says no more than any server does."""
+
+
+def fail(url: str, request: Request, status: int, detail: str, is_ours: bool = True, hint: str = "") -> NoReturn:
     """Raise the most specific error for a status."""
     if not detail:
         detail = HTTPStatus(status).phrase if status in _KNOWN_STATUS else f"HTTP status {status}"
     action = f"{request.verb} {request.endpoint}"
-    text = "{url}: the server refused {action}: {detail}"
+    text = "{url}: the server refused {action}: {detail}" + hint
     raise get_error_class(status, is_ours)(text, url=url, action=action, detail=detail, status=status)
 
 

@@ -2,8 +2,8 @@
 Which files of a run are on their way?
 
 This is what the client process does while others compare and move (:mod:`.workers`): it begins files, adds up what
-becomes of them, and ends them. Both take some requests each, so all that can begin or end at a time do so side by side,
-and what they ask a server goes there together (:mod:`.combining`): a round trip is paid for many files at once.
+becomes of them, and ends them. Both take some requests each, so all that can begin (or end) at a time do so side by
+side, and what they ask a server goes there together (:mod:`.combining`): a round trip is paid for many files at once.
 
 Small files are different: a worker process does all that there is to do for some of them.
 """
@@ -11,14 +11,14 @@ Small files are different: a worker process does all that there is to do for som
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.job import Ended, Job, attempt_all
-from pdiffcopy.client.plan import Plan, Result
+from pdiffcopy.client.plan import Result
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.exceptions import ProgramError
@@ -85,12 +85,13 @@ class Flight:
 
     def watch(self, outcomes: Outcomes) -> Iterator[Ended]:
         """Begin one after the other, and yield what becomes of them."""
-        yield from self._proceed()
+        yield from self._begin()
         for found in outcomes:
             for number, outcome in found:
                 self._note(number, outcome)
             if not outcomes.is_ready(self._get_patience()):
-                yield from self._proceed()
+                yield from self._end()
+                yield from self._begin()
 
     def _note(self, number: int, outcome: Result | Report | ProgramError | int) -> None:
         progress = self.running[number]
@@ -105,19 +106,21 @@ class Flight:
         has_few = self.running and 0 < len(self.over) < COMPANY
         return max(0, self.over[0].noted + PATIENCE - time.monotonic()) if has_few else 0
 
-    def _proceed(self) -> Iterator[Ended]:
-        """Begin what there is room for, and end what is over, all of it side by side."""
+    def _end(self) -> Iterator[Ended]:
         over, self.over = self.over, []
-        yield from ((done.job, done.outcome) for done in over if done.outcome)
-        ends: list[tuple[Job, Callable[[], Plan | Report]]]
-        ends = [(done.job, partial(done.job.end, done.result)) for done in over if not done.outcome]
-        while actions := [*((job, job.begin) for job in self._choose()), *ends]:
-            for (job, _), outcome in zip(actions, attempt_all(actions, self.is_alone), strict=True):
-                if isinstance(outcome, Plan):
-                    self.orders.send((self._follow(job, expected=None), outcome))
+        actions = [(done.job, partial(done.job.end, done.result)) for done in over if not done.outcome]
+        ended = iter(attempt_all(actions, self.is_alone))
+        for done in over:
+            yield done.job, done.outcome or next(ended)
+
+    def _begin(self) -> Iterator[Ended]:
+        while jobs := self._choose():
+            plans = attempt_all([(job, job.begin) for job in jobs], self.is_alone)
+            for job, plan in zip(jobs, plans, strict=True):
+                if isinstance(plan, ProgramError):
+                    yield job, plan
                 else:
-                    yield job, outcome
-            ends = []
+                    self.orders.send((self._follow(job, expected=None), plan))
         self._send_group()
         if not self.next and not self.has_said_all:
             self.has_said_all = True

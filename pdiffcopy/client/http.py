@@ -12,16 +12,16 @@ import socket
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from http.client import HTTPResponse
+from http.client import BadStatusLine, HTTPResponse
 from typing import Any
 
 import requests
 import urllib3
 
 from pdiffcopy.address import Address
-from pdiffcopy.answers import PeerInfo, decode_problem, sign_answer
+from pdiffcopy.answers import MAX_DETAIL, PeerInfo, decode_problem, sign_answer
 from pdiffcopy.client.connections import open_session
-from pdiffcopy.client.exchange import fail, make_foreign_error
+from pdiffcopy.client.exchange import OR_OTHER, fail, make_foreign_error
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.digests import compute_digest
@@ -46,6 +46,8 @@ _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSEr
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
 _NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"])
 """What OpenSSL calls an answer that isn't TLS."""
+_OTHER_NAMES = frozenset([62, 64])
+"""The numbers that OpenSSL has for a certificate of another host name or IP address (x509_vfy.h)."""
 FIRST_RETRIES, FIRST_TIMEOUT = 2, 10.0
 """How often a server that has never answered is asked again, and how long a connection to it may take, in seconds."""
 MAX_DIGITS = 20
@@ -144,7 +146,8 @@ class HttpServer:
                 is_ours = self._check(answer, headers[REQUEST_HEADER])
                 self.has_answered |= is_ours
                 if answer.status not in expect or (answer.status >= 400 and not is_ours):
-                    fail(url, request, answer.status, decode_problem(answer.read_document()), is_ours)
+                    is_known = answer.is_signed or (self.peer is not None and self.peer.features)
+                    fail(url, request, answer.status, answer.describe_refusal(), is_ours, "" if is_known else OR_OTHER)
                 yield answer
         except ReportedError as e:
             fail(url, request, e.status, str(e))
@@ -174,8 +177,12 @@ class HttpServer:
         causes = list(_causes(error))
         reason = next((cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), "")
         kind: type[ProgramError] = TransientError
-        if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-            kind, reason = RemoteError, f"{reason or causes[-1]} (--ca-file names an authority to trust)"
+        if doubts := [cause for cause in causes if isinstance(cause, ssl.SSLCertVerificationError)]:
+            is_other = doubts[0].verify_code in _OTHER_NAMES
+            remedy = "call it by that of its certificate" if is_other else "--ca-file names an authority to trust"
+            kind, reason = RemoteError, f"{doubts[0].verify_message} ({remedy})"
+        elif any(type(cause) is BadStatusLine for cause in causes) and not self._is_known:
+            reason = f"the server doesn't speak http ({str(causes[-1]).strip()[:60]!r})"
         elif self.address.scheme == "https" and any(getattr(c, "reason", "") in _NO_TLS for c in causes):
             kind, reason = RemoteError, f"the server doesn't speak https, use http{url.removeprefix('https')}"
         elif names := [cause for cause in causes if isinstance(cause, socket.gaierror)]:
@@ -186,6 +193,8 @@ class HttpServer:
             reason = f"no sign of life for {self.network.timeout:g} seconds"
         elif isinstance(error, requests.exceptions.InvalidURL):
             kind = RemoteError
+        if any(isinstance(cause, ConnectionRefusedError) for cause in causes) and not self._is_known:
+            reason += " (is it running, and is that its port?)"
         text = "{url}: can't exchange {action} with the server: {reason}"
         return kind(text, url=url, action=action, reason=reason or str(causes[-1]), status=0)
 
@@ -218,6 +227,11 @@ class HttpAnswer:
     def get_header(self, name: str) -> str:
         """Return the value of a header (empty if there is none)."""
         return str(self._response.headers.get(name, ""))
+
+    def describe_refusal(self) -> str:
+        """Say why the server doesn't do what it was asked for, as far as it tells."""
+        place, _, _ = self.get_header("Location").partition("?")
+        return f"it redirects to {place[:MAX_DETAIL]}" if place else decode_problem(self.read_document())
 
     def get_digest(self) -> str:
         """See :meth:`.Answer.get_digest`."""

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import FileInfo, Metadata
+from pdiffcopy.client.exchange import OR_OTHER
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import Finder, find_blocks, open_target, transfer_batch
 from pdiffcopy.client.plan import Options, Plan, Result, Target
@@ -43,10 +44,6 @@ from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.replica import Replica
 
 T = TypeVar("T")
-
-_OR_OTHER = " (or it isn't pdiffcopy that answers there)"
-"""What else may be the case where a server says no more than any server does."""
-
 
 class Job:
     """One file: what is to become equal to what."""
@@ -89,7 +86,7 @@ class Job:
         self.source, self.target = self._inspect()
         source, target = self.source, self.target
         if not source.info.exists:
-            text = "The source {label} doesn't exist" + ("" if source.peer.features else _OR_OTHER)
+            text = "The source {label} doesn't exist" + ("" if source.peer.features else OR_OTHER)
             raise FileMissingError(text, label=source.replica.label)
         if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":
             raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)

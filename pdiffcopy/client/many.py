@@ -31,7 +31,10 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
     summary.skipped = selection.skipped
     for file in _bring(selection, run):
         summary.add(file)
-        logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, file.error or file.report)
+        if file.error and str(file.target) in str(file.error):
+            logger.error("%s", file.error)
+        else:
+            logger.log(logging.ERROR if file.error else VERBOSE, "%s: %s", file.target, file.error or file.report)
         yield file
 
 

@@ -72,7 +72,8 @@ class Options(NamedTuple):
     def checked(self) -> Options:
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
         if not 0 < self.block_size <= MAX_BLOCK_SIZE:
-            raise UsageError("The block size has to be from 1 byte to {limit} bytes", limit=MAX_BLOCK_SIZE)
+            text = "The block size has to be from 1 byte to 1 GiB, not {size} bytes"
+            raise UsageError(text, size=self.block_size)
         check_concurrency(self.concurrency)
         if self.sparse not in SPARSE_CHOICES:
             choices = ", ".join(SPARSE_CHOICES)

@@ -10,6 +10,7 @@ from pdiffcopy.address import Address
 from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import SET_ID_BITS, FileInfo, count_blocks
 from pdiffcopy.client.delta import FIRST_WINDOW, Sparse
+from pdiffcopy.client.exchange import OR_OTHER
 from pdiffcopy.client.pieces import PIECE_SIZE
 from pdiffcopy.client.plan import AUTO, COMMON, FAST, Options, Plan, Target, Verification
 from pdiffcopy.exceptions import DiskFullError, FileForbiddenError, ReadOnlyError, UnsupportedError, UsageError
@@ -96,7 +97,7 @@ class Planner:
             return FAST if all(FAST in methods for _, methods in known) else COMMON
         for side, methods in known:
             if self.options.hash_method not in methods:
-                text = "The server of {label} has no hash method {method}"
+                text = "The server of {label} has no hash method {method}" + ("" if side.peer.features else OR_OTHER)
                 raise self._choose_error(side)(text, label=side.replica.label, method=self.options.hash_method)
         return self.options.hash_method
 
@@ -152,7 +153,7 @@ class Planner:
         target, room = self.target, self.target.peer.room
         needed = self.takes - target.info.allocated if target.info.resizable else 0
         if room is not None and needed > room:
-            text = "{label} takes {needed} bytes more than now, and its file system has {room} left"
+            text = "{label} takes {needed} bytes more than now, and its file system has {room} left: make room there"
             raise DiskFullError(text, label=target.replica.label, needed=needed, room=room)
         check_writable(target.replica.label, target.peer)
         if self.options.fsync:

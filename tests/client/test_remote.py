@@ -6,9 +6,11 @@ What becomes of answers of a server that are wrong, late or missing.
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
+import tracemalloc
 from contextlib import contextmanager
 
 import pytest
@@ -223,6 +225,25 @@ def test_error_without_a_reason_is_named_by_its_status(body):
         replica.resize(1)
 
 
+def test_server_that_may_be_another_program_is_called_that():
+    """Whoever mistypes a port learns more than what a web server says to that. What has told its features is known."""
+    with canned(answer(404)) as (replica, _), pytest.raises(ProgramError, match="isn't pdiffcopy that answers there"):
+        replica.resize(1)
+    with canned(describe(), answer(404)) as (replica, _), pytest.raises(ProgramError) as info:
+        replica.info()
+        replica.resize(1)
+    assert "isn't pdiffcopy" not in str(info.value)
+    with canned(b"SSH-2.0-OpenSSH_9.2\r\n") as (replica, _), pytest.raises(TransientError, match="speak http .'SSH-2.0"):
+        replica.info()
+
+
+def test_redirect_says_where_it_leads():
+    """Without what was asked for."""
+    with canned(answer(301, Location="https://db2/info?filename=x")) as (replica, _), pytest.raises(RemoteError) as info:
+        replica.info()
+    assert "it redirects to https://db2/info (or" in str(info.value)
+
+
 def test_reason_of_a_server_is_escaped():
     """What a server says can't move the cursor or forge a line."""
     with canned(problem(403, "a\n\x1b[2Jb")) as (replica, _), pytest.raises(ForbiddenError) as info:
@@ -237,6 +258,29 @@ def test_redirects_are_not_followed(status):
         with pytest.raises(RemoteError):
             replica.info()
     assert len(requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_body_of_a_redirect_is_not_read(status):
+    """It may have no end, or unpack to more than there is room for."""
+    bomb = answer(status, gzip.compress(bytes(64 * 1024**2)), Location="/x", Content_Encoding="gzip")
+    tracemalloc.start()
+    try:
+        with canned(bomb) as (replica, _), pytest.raises(RemoteError, match="it redirects to /x"):
+            replica.info()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 1024**2
+
+
+def test_cookies_are_not_kept():
+    """A server could have them sent back to it without an end."""
+    told = describe().replace(b"\r\n", b"\r\nSet-Cookie: a=b; Path=/\r\n", 1)
+    with canned(told, told) as (replica, requests):
+        replica.info()
+        replica.info()
+    assert b"cookie" not in requests[1].lower()
 
 
 # Answers that are none {{{1
@@ -566,7 +610,7 @@ def test_refused_connection_is_one_line():
     with pytest.raises(TransientError) as info:
         replica.info()
     assert str(info.value) == f"http://127.0.0.1:{port}/the%20file: can't exchange info with the server: " \
-                              "Connection refused"  # fmt: skip
+                              "Connection refused (is it running, and is that its port?)"  # fmt: skip
 
 
 def test_unknown_host_is_final():
