@@ -29,6 +29,7 @@ from pdiffcopy.blocks import (
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.features import FEATURES
+from pdiffcopy.words import FILE_ID
 
 PROBLEM_TYPE = "application/problem+json"
 VERIFIED = "verified"
@@ -130,7 +131,9 @@ def decode_info(text: bytes | str, exists: bool) -> tuple[FileInfo, PeerInfo]:
             raise ProtocolError("The server states an impossible {name}: {value}", name=name, value=repr(value)[:80])
     numbers["mode"] &= MAX_MODE
     resizable = document.get("resizable", True) is True
-    file_id = str(document.get("file_id", ""))[:80]
+    file_id = document.get("file_id", "")
+    if not isinstance(file_id, str) or not (file_id == "" or FILE_ID.pattern.fullmatch(file_id)):
+        raise ProtocolError("The server states an impossible identity: {value}", value=repr(file_id)[:80])
     has_holes = document.get("has_holes", False) is True
     return FileInfo(True, file_id=file_id, resizable=resizable, has_holes=has_holes, **numbers), peer
 

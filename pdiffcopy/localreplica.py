@@ -6,18 +6,37 @@ The server serves such a replica, and the client uses one where a location is ne
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
 from pdiffcopy import __version__
 from pdiffcopy.answers import PeerInfo
-from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE, BlockDigest, Extent, FileInfo, Hole, Metadata, total_size
+from pdiffcopy.blocks import (
+    DEFAULT_MODE,
+    FOLDER_MODE,
+    BlockDigest,
+    Extent,
+    FileInfo,
+    Hole,
+    Metadata,
+    count_blocks,
+    total_size,
+)
 from pdiffcopy.digests import BlockwiseHasher
 from pdiffcopy.entries import Entry
-from pdiffcopy.exceptions import AbsentError, FileMissingError, RangeError, ReplacedError, TooLargeError
+from pdiffcopy.exceptions import (
+    AbsentError,
+    FileForbiddenError,
+    FileMissingError,
+    RangeError,
+    ReplacedError,
+    TooLargeError,
+)
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files import kernel
+from pdiffcopy.files.identity import identify
 from pdiffcopy.files.listing import list_folder
 from pdiffcopy.files.localfile import LocalFile, create_alone
 from pdiffcopy.files.metadata import (
@@ -45,7 +64,7 @@ from pdiffcopy.methods import get_hasher, get_methods
 from pdiffcopy.pace import UNLIMITED
 from pdiffcopy.replica import Reading, Replica, Staged
 from pdiffcopy.streams import format_hashes
-from pdiffcopy.wholes import MAX_WHOLE, FileSummary
+from pdiffcopy.wholes import MAX_BLOCKS, MAX_WHOLE, FileSummary
 
 
 class LocalReplica(Replica):
@@ -185,6 +204,8 @@ class LocalReplica(Replica):
         """Tell what is to be known of a small file whose contents may be equal to those of another one."""
         with self._open() as file:
             info = self._look(file)
+            if count_blocks(info.size, block_size) > MAX_BLOCKS:
+                raise TooLargeError("{filename} has too many blocks to be hashed as a whole", filename=self.label)
             hasher = get_hasher(method)()
             for stripe in Hashers(0).hash(file, 0, info.size, block_size, method, grain=grain):
                 hasher.update(format_hashes(stripe))
@@ -241,7 +262,7 @@ class LocalReplica(Replica):
     def metadata(self) -> Metadata:
         """See :meth:`.Replica.metadata`."""
         if self.is_folder:
-            with opened_folder(self.filename, self.namespace) as fd:
+            with self._open_folder() as fd:
                 return read_metadata(fd, self.filename)
         with self._open() as file:
             return read_metadata(file.fd, self.filename)
@@ -249,7 +270,7 @@ class LocalReplica(Replica):
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.set_metadata`."""
         if self.is_folder:
-            with opened_folder(self.filename, self.namespace) as fd:
+            with self._open_folder() as fd:
                 write_folder_metadata(fd, self.filename, metadata)
             return
         try:
@@ -291,6 +312,16 @@ class LocalReplica(Replica):
         with self._open(write=True) as file:
             file.claims.flush(run)
         sync_folder(self.filename, self.namespace)
+
+    @contextmanager
+    def _open_folder(self) -> Iterator[int]:
+        with opened_folder(self.filename, self.namespace) as fd:
+            if self.file_id and self.file_id != identify(os.fstat(fd)):
+                raise ReplacedError("{filename} was replaced by another folder, run again", filename=self.label)
+            if kernel.get_file_system(fd) in kernel.PSEUDO:
+                text = "Can't use {filename}: it is a part of the kernel that looks like a folder"
+                raise FileForbiddenError(text, filename=self.label)
+            yield fd
 
     def _open(self, write: bool = False) -> LocalFile:
         try:

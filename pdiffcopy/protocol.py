@@ -288,6 +288,11 @@ class SetMetadataRequest(WithMetadata):
     run: str = word(RUN, "")
     folder: bool = word(Flag(), False)
 
+    def check(self) -> None:
+        """Refuse what makes no sense together."""
+        if self.in_advance and self.folder:
+            raise RequestError("A folder has no contents that could be still to come")
+
 
 class StageRequest(Request):
     """A new version of a file, beside the old one, and the right to write to it, for one run."""

@@ -20,6 +20,8 @@ from pdiffcopy.words import DIGEST, MAX_BLOCK_SIZE, RUN, Flag, Integer, Text, wo
 
 MAX_WHOLE = 4 * 1024 * 1024
 """How large a file may be, in bytes."""
+MAX_BLOCKS = 8192
+"""How many blocks it may have to be hashed as a whole."""
 
 
 class SummaryRequest(Request):

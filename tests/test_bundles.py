@@ -25,7 +25,7 @@ from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import DamagedError, ProtocolError, RequestError
 from pdiffcopy.files.claims import RUN_ATTRIBUTE
 from pdiffcopy.protocol import HashesRequest, InfoRequest, MetadataRequest, PiecesRequest
-from pdiffcopy.wholes import MAX_WHOLE, CreateRequest, FetchRequest, SummaryRequest, decode_summary
+from pdiffcopy.wholes import MAX_BLOCKS, MAX_WHOLE, CreateRequest, FetchRequest, SummaryRequest, decode_summary
 from tests.support import make_data
 
 SIZE = 300_000
@@ -212,6 +212,14 @@ def test_files_are_fetched(ask, tmp_path):
     assert [contents for answer, contents in found if answer.status == 200] == data
     assert [answer.digest for answer, _ in found if answer.status == 200] == [compute_digest(item) for item in data]
     assert json.loads(found[0][0].document)["size"] == SIZE
+
+
+def test_many_tiny_blocks_are_not_hashed_as_a_whole(ask, tmp_path):
+    """That would take seconds, in a thread that others can't use."""
+    (tmp_path / "file").write_bytes(bytes(MAX_BLOCKS * 4))
+    words = {"filename": str(tmp_path / "file"), "method": "sha1", "grain": 1}
+    (few, _), (many, _) = ask(SummaryRequest(**words, block_size=4), SummaryRequest(**words, block_size=2))
+    assert (few.status, many.status) == (200, 413)
 
 
 def test_summary_tells_what_counts(ask, tmp_path):

@@ -45,6 +45,7 @@ from pdiffcopy.replica import Replica
 
 T = TypeVar("T")
 
+
 class Job:
     """One file: what is to become equal to what."""
 

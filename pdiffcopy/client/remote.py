@@ -109,7 +109,8 @@ class RemoteReplica(Replica):
         try:
             info, self.server.peer = self.server.get_patience().persist(ask)
         except (TransientError, RemoteError) as e:
-            if better := self.server.find_remedy(self.filename):
+            # Whoever expects TLS says nothing that is HTTP, or that it was a bad request.
+            if getattr(e, "status", 0) in (0, 400) and (better := self.server.find_remedy(self.filename)):
                 raise better from e
             raise
         except ProtocolError as e:
@@ -282,8 +283,7 @@ class RemoteReplica(Replica):
 
     def release(self, run: str) -> FileInfo:
         """See :meth:`.Replica.release`."""
-        document = self._ask(self._make(ReleaseRequest, run=run))
-        return decode_info(document, exists=True)[0]
+        return decode_info(self._ask(self._make(ReleaseRequest, run=run)), exists=True)[0]
 
     def metadata(self) -> Metadata:
         """See :meth:`.Replica.metadata`."""
@@ -306,8 +306,8 @@ class RemoteReplica(Replica):
 
     def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
         """See :meth:`.Replica.commit`."""
-        request = self._make(CommitRequest, new_id=new_id, ctime_ns=ctime_ns, run=run)
-        return decode_info(self._ask(request), exists=True)[0]
+        document = self._ask(self._make(CommitRequest, new_id=new_id, ctime_ns=ctime_ns, run=run))
+        return decode_info(document, exists=True)[0]
 
     def _make(self, make: Callable[..., R], *arguments: Any, **words: Any) -> R:
         """Make a request about this file."""

@@ -14,7 +14,7 @@ import resource
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -34,6 +34,7 @@ from pdiffcopy.entries import Entry
 from pdiffcopy.exceptions import (
     AbsentError,
     AuthenticationError,
+    BusyError,
     ForbiddenError,
     ProgramError,
 )
@@ -106,7 +107,7 @@ class _Views:
         self.gate = gate
         self.pace = make_pace(settings.bwlimit)  # before the processes are forked that share it
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.descriptors = threading.Semaphore(most // 4)
+        self.descriptors, self.share = threading.Semaphore(most // 4), most // 16
         devices = settings.devices
         self.namespace = Root(settings.root, devices) if settings.root else Namespace(devices)
 
@@ -139,6 +140,20 @@ class _Views:
             setattr(replica, name, getattr(request, word, False))
         return request, replica
 
+    def reserve(self, count: int) -> ExitStack:
+        """
+        Reserve some descriptors, of which a single request may need many at once.
+
+        :returns: A context manager that gives them back.
+        :raises: :exc:`.BusyError` when so many aren't left.
+        """
+        with ExitStack() as stack:
+            for _ in range(count):
+                if not self.descriptors.acquire(blocking=False):
+                    raise BusyError("There are too many open files already")
+                stack.callback(self.descriptors.release)
+            return stack.pop_all()
+
     def many(self, request: ManyRequest, replica: LocalReplica) -> Any:
         """``POST /many``"""
         return answer_many(flask.request.environ, self, _handle_error)
@@ -154,11 +169,13 @@ class _Views:
 
     def entries(self, request: protocol.ListRequest, replica: LocalReplica) -> Response:
         """``GET /list``"""
-        entries = replica.entries(request.depth)
-        first = next(entries)  # what can't be looked at at all is refused before the status is sent
-        response = Response(_report(_collect(chain([first], entries))), mimetype="text/plain")
-        response.call_on_close(entries.close)
-        return response
+        with ExitStack() as stack:
+            stack.enter_context(self.reserve(min(request.depth, self.share)))
+            entries = stack.enter_context(closing(replica.entries(request.depth)))
+            first = next(entries)  # what can't be looked at at all is refused before the status is sent
+            response = Response(_report(_collect(chain([first], entries))), mimetype="text/plain")
+            response.call_on_close(stack.pop_all().close)
+            return response
 
     def hashes(self, request: protocol.HashesRequest, replica: LocalReplica) -> Response:
         """``GET /hashes``"""
@@ -196,6 +213,8 @@ class _Views:
 
     def pieces(self, request: protocol.PiecesRequest, replica: LocalReplica) -> Response:
         """``GET /pieces``"""
+        if flask.request.method == "HEAD":
+            return Response(mimetype="application/octet-stream")
         digests = replica.pieces(request.extents, request.size, request.method)
         return Response(bytes.fromhex("".join(digests)), mimetype="application/octet-stream")
 

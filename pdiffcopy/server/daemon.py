@@ -37,6 +37,10 @@ THREADS = 1024
 """How many requests a process works on at the same time. Most of them are cheap: they wait for a slow client."""
 
 
+_DISTRUST: dict[str, Any] = {"forwarded_allow_ips": "", "forwarder_headers": "", "secure_scheme_headers": {}}
+"""Nothing that a client says of a proxy is believed."""
+
+
 class Daemon(BaseApplication):
     """A gunicorn server with the settings that pdiffcopy needs."""
 
@@ -73,6 +77,7 @@ class Daemon(BaseApplication):
             "worker_connections": visitors.CONNECTIONS,
             "worker_exit": _leave,
             "workers": processes,
+            **_DISTRUST,
         }
         _check_address(host or "0.0.0.0", port)
         _raise_file_limit()

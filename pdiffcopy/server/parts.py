@@ -8,10 +8,9 @@ follow the head, in either direction.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ from pdiffcopy.bundles import (
     encode_answers,
     encode_frame,
 )
-from pdiffcopy.exceptions import BusyError, RequestError, TooLargeError
+from pdiffcopy.exceptions import RequestError, TooLargeError
 from pdiffcopy.files.splice import Chunk, Parts, PartsError
 from pdiffcopy.files.stored import Joined
 from pdiffcopy.localreplica import LocalReplica
@@ -47,11 +46,12 @@ class Views(Protocol):
     """What answers a request that has come alone."""
 
     pace: Any
-    descriptors: threading.Semaphore
-    """Stands for those that may be open until clients have read what they have asked for."""
 
     def prepare(self, kind: type[Request], query: bytes, headers: Headers) -> tuple[Request, LocalReplica]:
         """Decode a request, and get the replica that it is about."""
+
+    def reserve(self, count: int) -> AbstractContextManager[Any]:
+        """Reserve some descriptors, or raise :exc:`.BusyError`."""
 
 
 def answer_many(environ: dict[str, Any], views: Views, handle_error: Callable[[Exception], Response]) -> Response:
@@ -135,9 +135,7 @@ class _Answer:
         return _collect(result) if isinstance(result, Response) else _make_part(result)
 
     def _fetch(self, request: wholes.FetchRequest, replica: LocalReplica) -> PartAnswer:
-        if not self.views.descriptors.acquire(blocking=False):
-            raise BusyError("There are too many open files already")
-        self.stack.callback(self.views.descriptors.release)
+        self.stack.enter_context(self.views.reserve(1))
         info, reading = self.stack.enter_context(replica.fetch(request.digest))
         self.contents.append(reading.chunks)
         return _make_part(info.as_dict())._replace(size=reading.size, digest=reading.digest)

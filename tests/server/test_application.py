@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from urllib.parse import quote
 
 import pytest
@@ -718,3 +719,48 @@ def test_server_is_imported_whatever_the_environment_is(token):
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "$PDIFFCOPY_TOKEN" in result.stdout
+
+
+# Folders and their metadata {{{1
+
+
+def test_metadata_of_a_folder_is_that_of_the_folder_that_is_meant(ask, tmp_path):
+    """Not of another one, nor of what the kernel makes up; and there's nothing to try in advance."""
+    words = {"filename": tmp_path, "folder": 1}
+    for verb in ("GET", "POST"):
+        more = {"mode": 0o700} if verb == "POST" else {}
+        assert_problem(ask(verb, "metadata", **words, **more, file_id="9:9"), 412)
+        assert_problem(ask(verb, "metadata", **{**words, "filename": "/proc/self"}, **more), 403)
+    tmp_path.chmod(0o755)
+    assert_problem(ask("POST", "metadata", **words, mode=0o700, in_advance=1), 400)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+# What takes long {{{1
+
+
+def test_head_of_pieces_digests_nothing(server, path):
+    """Whoever wants to know only whether a file is there doesn't want that."""
+    words = {"filename": path, "extents": "0:4096", "size": 4096, "method": "sha1"}
+    answer = requests.head(f"{server.origin}/pieces", params=words, timeout=TIMEOUT)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert len(requests.get(f"{server.origin}/pieces", params=words, timeout=TIMEOUT).content) == 20
+
+
+def test_deep_lists_leave_descriptors_to_others(launch, tmp_path):
+    """One takes as many as there are levels, and a client may never read it."""
+    server = launch("-c", "1", prefix=["sh", "-c", 'ulimit -n 1024 && exec "$@"', "sh"])
+    folder = tmp_path
+    for _ in range(90):
+        folder = folder / "x"
+    folder.mkdir(parents=True)
+    for number in range(3000):
+        (folder / f"{number:0200}").touch()
+    head = f"GET /list?filename={tmp_path}&depth=100 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(head)
+        first = [connection.recv(15)[9:12] for connection in connections]
+        assert {b"200", b"503"} == set(first)
+        assert requests.get(f"{server.origin}/info", {"filename": tmp_path / "x"}, timeout=TIMEOUT).status_code == 403
