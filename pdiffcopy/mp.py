@@ -18,8 +18,8 @@ What runs in a pool, and at the same time::
    worker processes:   for item in input_queue: put worker_fn(item) into output_queue     (bounded: waits for us)
    this process:       sleeps on output_queue and on the end of all of these processes
 
-A reader may not assume any order of the results, and a worker function should return small values: up to 4 KiB
-(pickled) are written in one piece, so that a worker killed meanwhile leaves nothing half-written.
+A reader may not assume any order of the results. A thread takes them out of the queue: a worker that is killed may
+leave a half-written one there, for the rest of which nobody may wait who has to notice that.
 
 :mod:`.processes` has what a single child process needs.
 """
@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
@@ -121,27 +123,30 @@ class WorkerPool(PropertyManager):
         """A list with all :class:`Promise` objects used by the pool."""
         return [self.generator_process, *self.worker_processes]
 
+    @lazy_property
+    def _results(self) -> _Results:
+        return _Results(self.output_queue, self.concurrency)
+
     def __iter__(self) -> Iterator[Any]:
         """Initialize the generator and worker processes and start yielding values from :attr:`output_queue`."""
         with self:
-            results = self.output_queue._reader
+            self._results.start()
             # An outcome is looked at before its process has ended: it can't end before a large one was taken.
             running: dict[Any, Promise] = {process.sentinel: process for process in self.all_processes}
             silent: dict[Any, Promise] = {process.receiver: process for process in self.all_processes}
             while running:
-                ready = wait([results, *silent, *running], timeout=self.polling_interval)
+                ready = wait([self._results.bell, *silent, *running], timeout=self.polling_interval)
                 for receiver in silent.keys() & ready:
                     silent.pop(receiver).get_outcome()
                 for sentinel in running.keys() & ready:
                     running.pop(sentinel).join()
-                if results in ready:
-                    yield self.output_queue.get()
-            while results.poll():
-                yield self.output_queue.get()
+                if self._results.bell in ready:
+                    yield self._results.take()
+            yield from self._results.take_rest()
 
     def is_ready(self, patience: float = 0) -> bool:
         """Whether there is a result, or will be within a number of seconds."""
-        return bool(self.output_queue._reader.poll(patience))
+        return bool(wait([self._results.bell], patience))
 
     def __enter__(self) -> WorkerPool:
         """Start up the generator and worker processes."""
@@ -164,6 +169,8 @@ class WorkerPool(PropertyManager):
             if process.is_alive():
                 process.kill()
                 multiprocessing.Process.join(process)
+        if (results := vars(self).get("_results")) and not results.has_stopped:
+            results.stop()
         for name in ("input_queue", "output_queue"):
             if queue := vars(self).get(name):
                 queue.cancel_join_thread()
@@ -174,6 +181,54 @@ class WorkerPool(PropertyManager):
             process = Promise(target=target, args=arguments, name=name, daemon=True)
             self._started.append(process)
         return process
+
+
+class _Results:
+    """Takes results out of a queue, in a thread of its own."""
+
+    def __init__(self, queue: Any, most: int):
+        """:param most: How many of them may wait for the reader."""
+        self.queue, self.room, self.has_stopped = queue, threading.Semaphore(most), False
+        # A tuple of one, or an empty one at the end.
+        self.found: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self.thread = threading.Thread(target=self._collect, name="results", daemon=True)
+
+    def start(self) -> None:
+        """Begin. All children run already: where there are threads, they can't be forked."""
+        self.thread.start()
+
+    def take(self) -> Any:
+        """Take the next one, which is there when the bell rings."""
+        os.eventfd_read(self.bell)
+        self.room.release()
+        return self.found.get()[0]
+
+    def take_rest(self) -> Iterator[Any]:
+        """Take those that children have left which have ended."""
+        self._close_writer()
+        while envelope := self.found.get():
+            self.room.release()
+            yield envelope[0]
+
+    def stop(self) -> None:
+        """End the thread. When nobody can write any more, it doesn't wait for the rest of a result either."""
+        self.has_stopped = True
+        self.room.release()
+        self._close_writer()
+        if self.thread.is_alive():
+            self.thread.join(_TERMINATION_TIMEOUT)
+        os.close(self.bell)
+
+    def _close_writer(self) -> None:
+        self.queue._writer.close()
+
+    def _collect(self) -> None:
+        with suppress(EOFError, OSError):
+            while self.room.acquire() and not self.has_stopped:
+                self.found.put((self.queue.get(),))
+                os.eventfd_write(self.bell, 1)
+        self.found.put(())
 
 
 def generator_adapter(

@@ -14,6 +14,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def make_pool(generator_fn, worker_fn, concurrency=2, **options):
 
 def square(number):
     return number * number
+
+
+def write_half_and_die(_):
+    """Return a result of which half is written."""
+
+    def send(self, data, write=os.write):
+        write(self._handle, data[: len(data) // 2])
+        kill_oneself()
+
+    Connection._send = send
+    return bytes(100_000)
 
 
 def return_as_is(value):
@@ -393,8 +405,8 @@ def test_generator_can_tell_whether_all_was_taken(tmp_path, threaded):
 def test_generator_waits_for_the_reader(tmp_path):
     """The generator of an endless stream doesn't run ahead farther than the queues reach."""
     concurrency = 2
-    # Both queues, an item in the hand of each worker (before and after its work) and one in that of the generator.
-    ahead = (2 + 8 + 1) * concurrency + 1
+    # Both queues, what was taken out of the second one, an item in each worker's hand, and one in the generator's.
+    ahead = (2 + 8 + 1 + 1) * concurrency + 1
 
     def produced():
         try:
@@ -445,6 +457,14 @@ def test_death_of_a_busy_worker_reaches_the_caller(function):
     """A worker that dies over its work is an error."""
     with make_pool(count, function) as pool, pytest.raises(WorkerError, match="worker"):
         list(pool)
+
+
+def test_death_in_the_middle_of_a_result_reaches_the_caller():
+    """Nobody waits for the other half: processes that go on could still write it."""
+    with make_pool(partial(yield_then, range(1), hang), write_half_and_die) as pool:
+        with pytest.raises(WorkerError, match="worker.*killed by signal 9"):
+            list(pool)
+    assert threading.active_count() == 1
 
 
 def test_death_of_an_idle_worker_reaches_the_caller():
