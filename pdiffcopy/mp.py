@@ -208,6 +208,7 @@ class _Results:
         """Take those that children have left which have ended."""
         self._close_writer()
         while envelope := self.found.get():
+            os.eventfd_read(self.bell)
             self.room.release()
             yield envelope[0]
 

@@ -402,6 +402,17 @@ def test_generator_can_tell_whether_all_was_taken(tmp_path, threaded):
         assert list(pool) == [True, "waits in the queue", "taken"]
 
 
+@pytest.mark.parametrize("delay", [0, 0.3], ids=["at once", "when all processes have ended"])
+def test_pool_knows_whether_there_are_more_results(delay):
+    """Behind the last one there are none, whoever takes how long to take it."""
+    with make_pool(partial(range, 4), square) as pool:
+        seen = []
+        for _ in pool:
+            time.sleep(delay)
+            seen.append(pool.is_ready(0.5))
+    assert len(seen) == 4 and seen[-1] is False and (not delay or seen[0])
+
+
 def test_generator_waits_for_the_reader(tmp_path):
     """The generator of an endless stream doesn't run ahead farther than the queues reach."""
     concurrency = 2

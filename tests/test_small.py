@@ -20,7 +20,7 @@ from pdiffcopy.exceptions import TransientError
 from pdiffcopy.files.claims import RUN_ATTRIBUTE, Claims
 from pdiffcopy.files.metadata import write_metadata
 from pdiffcopy.localreplica import LocalReplica
-from pdiffcopy.wholes import MAX_WHOLE
+from pdiffcopy.wholes import MAX_BLOCKS, MAX_WHOLE
 from tests.relay import RelayProcess
 from tests.support import make_data, run_pdiffcopy, write_pattern
 
@@ -346,7 +346,7 @@ def test_summary_takes_little_memory(tmp_path):
     replica = LocalReplica(str(tmp_path / "file"))
     tracemalloc.start()
     try:
-        summary = replica.summarize(1, "sha512", 1)
+        summary = replica.summarize(65536 // MAX_BLOCKS, "sha512", 1)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -13,15 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol
 
 from pdiffcopy.address import Address
 from pdiffcopy.client.job import Ended, Job, attempt_all
-from pdiffcopy.client.plan import Result
+from pdiffcopy.client.plan import Plan, Result
 from pdiffcopy.client.report import Report
 from pdiffcopy.client.servers import Servers
-from pdiffcopy.exceptions import ProgramError
+from pdiffcopy.exceptions import ProgramError, WorkerError
 
 MAX_SMALL = 32 * 1024 * 1024
 """How many bytes a small file has at most."""
@@ -53,6 +52,17 @@ Outcome = tuple[int, "Result | Report | ProgramError | int"]
 """The number of a file, and what became of a batch or of a small file, or how many of those there were."""
 
 
+Order = tuple[int, Plan | list[Small]] | int | None
+"""A file to compare or some small ones, one that has failed, or that there are no more."""
+
+
+class Orders(Protocol):
+    """Who takes orders."""
+
+    def send(self, order: Order) -> None:
+        """Give one. Nobody waits until it's carried out."""
+
+
 class Outcomes(Protocol):
     """What other processes pass on."""
 
@@ -66,13 +76,13 @@ class Outcomes(Protocol):
 class Flight:
     """The files that are on their way."""
 
-    def __init__(self, jobs: Iterator[Job], servers: Servers, orders: Connection, is_alone: bool):
+    def __init__(self, jobs: Iterator[Job], servers: Servers, orders: Orders, is_alone: bool):
         """
         Initialize it.
 
         :param jobs: The files to come.
         :param servers: Where their replicas come from.
-        :param orders: Where orders for the generator process are sent to.
+        :param orders: Takes orders for the generator process.
         :param is_alone: Whether a failure ends the run, since there is no other file.
         """
         self.jobs, self.servers, self.orders, self.is_alone = jobs, servers, orders, is_alone
@@ -92,6 +102,8 @@ class Flight:
             if not outcomes.is_ready(self._get_patience()):
                 yield from self._end()
                 yield from self._begin()
+        if count := len(self.running) + len(self.over):
+            raise WorkerError("The processes have ended without a word about {count} files", count=count)
 
     def _note(self, number: int, outcome: Result | Report | ProgramError | int) -> None:
         progress = self.running[number]

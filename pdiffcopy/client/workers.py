@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from multiprocessing import Pipe
@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from queue import Queue, SimpleQueue
 
 from pdiffcopy.client.delta import Batch
-from pdiffcopy.client.flight import Flight, Outcome, Outcomes, Small
+from pdiffcopy.client.flight import Flight, Order, Orders, Outcome, Outcomes, Small
 from pdiffcopy.client.job import Ended, Job, attempt, attempt_all, concerns_one_file
 from pdiffcopy.client.pieces import Judge
 from pdiffcopy.client.pipeline import Finder, transfer_batch
@@ -89,24 +89,58 @@ def _look_ahead(jobs: Iterator[Job], servers: Servers) -> Iterator[Job]:
 @contextmanager
 def _starting(
     find: Finder, options: Options, servers: Servers, reporter: Reporter, is_alone: bool
-) -> Iterator[tuple[Outcomes, Connection]]:
+) -> Iterator[tuple[Outcomes, Orders]]:
     """
     Start all processes. They wait for plans.
 
-    :returns: The outcomes to come, and where orders for the generator process are sent to.
+    :returns: The outcomes to come, and who takes orders for the generator process.
     """
     count = options.workers
-    receiver, sender = Pipe(duplex=False)
-    queue = make_queue(2 * count)
+    orders, queue = _Orders(), make_queue(2 * count)
     pool = WorkerPool(
         concurrency=count,
         threads=1 if is_alone else THREADS,
         input_queue=queue,
-        generator_fn=partial(_Comparisons, find, servers, receiver, is_alone, queue.empty),
+        generator_fn=partial(_Comparisons, find, servers, orders.receiver, is_alone, queue.empty),
         worker_fn=_Worker(find, options, servers, reporter, is_alone),
     )
-    with receiver, sender, pool, reporter:
-        yield pool, sender
+    with orders, pool, reporter:
+        yield pool, orders
+
+
+class _Orders:
+    """
+    Orders for the generator process (a context manager, within which all processes begin and end).
+
+    A thread sends them: who gives them has to notice when a process is killed, and may not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.receiver, self._sender = Pipe(duplex=False)
+        # Tuples of one, and an empty one at the end.
+        self._given: SimpleQueue[tuple[Order, ...]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._send_all, daemon=True)
+
+    def __enter__(self) -> _Orders:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.receiver.close()  # so that there's nobody left whom the thread could wait for
+        self._given.put(())
+        if self._thread.is_alive():
+            self._thread.join()
+        self._sender.close()
+
+    def send(self, order: Order) -> None:
+        """Give an order. All processes run by then: where there are threads, they can't be forked."""
+        if not self._thread.ident:
+            self._thread.start()
+        self._given.put((order,))
+
+    def _send_all(self) -> None:
+        with suppress(OSError):
+            while envelope := self._given.get():
+                self._sender.send(envelope[0])
 
 
 class _Comparisons:

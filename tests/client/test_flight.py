@@ -18,7 +18,7 @@ from pdiffcopy.client.job import Job
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.plan import Result
 from pdiffcopy.client.servers import Servers
-from pdiffcopy.exceptions import FileError
+from pdiffcopy.exceptions import FileError, WorkerError
 from pdiffcopy.localreplica import LocalReplica
 from tests.support import make_data, write_pattern
 
@@ -94,6 +94,19 @@ def test_large_files_begin_and_end():
         [("begin", number) for number in range(40)] + [("end", number) for number in range(40) if number != 3]
     )
     assert IN_FLIGHT < outcomes.most <= MOST_IN_FLIGHT
+
+
+def test_lost_results_are_missed():
+    """Whatever may be the reason: a run that doesn't know what became of a file has failed."""
+    receiver, sender = Pipe(duplex=False)
+
+    class Silent(Outcomes):
+        def __iter__(self):
+            yield [(self.orders.recv()[0], Result(bytes_moved=7))]
+
+    jobs = (Recorded([], number, LARGE) for number in (0, 1))
+    with receiver, sender, pytest.raises(WorkerError, match="without a word about 2 files"):
+        list(Flight(jobs, Servers(Network()), sender, is_alone=False).watch(Silent(receiver)))
 
 
 def test_file_that_is_over_waits_for_others_but_not_for_long():
