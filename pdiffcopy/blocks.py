@@ -86,6 +86,8 @@ class Block(NamedTuple):
     """What it is to become without being moved: :data:`HOLES` or :data:`ZEROS` (empty: it is moved)."""
     blocks: int = 1
     """How many it stands for."""
+    is_whole: bool = False
+    """Whether it moves as a whole, since its holes differ: digests of its pieces don't tell of that."""
 
 
 class FileInfo(NamedTuple):
@@ -194,6 +196,14 @@ def intersect(extent: Extent, extents: Sequence[Extent]) -> Iterator[Extent]:
             yield Extent(begin, end - begin)
         if sum(other) >= sum(extent):
             return
+
+
+def join(extents: list[Extent], extent: Extent) -> None:
+    """Append an extent to others, or let the last one of them grow by it if it's a neighbor."""
+    if extents and sum(extents[-1]) == extent.offset:
+        extents[-1] = Extent(extents[-1].offset, extents[-1].size + extent.size)
+    else:
+        extents.append(extent)
 
 
 def subtract(extents: Iterable[Extent], holes: Sequence[Extent]) -> Iterator[Extent]:

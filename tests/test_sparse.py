@@ -143,6 +143,53 @@ def test_page_that_changes_between_holes(server, one_disk, direction):
     assert read_holes(target, PAGE) == read_holes(source, PAGE)
 
 
+_CHANGED = "a" + "0" * 63
+_SPARSE = "a" + "0" * 31 + "-" * 32
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("parts", "before", "options"),
+    [
+        (_CHANGED, "", ()),
+        (_CHANGED, "b" + "-" * 63, ()),
+        (_SPARSE, "b" + "0" * 63, ()),
+        (_CHANGED, "b" + "-" * 63, ("--sparse=never",)),
+        (_CHANGED, "b" + "-" * 63, ("--sparse=never", "--atomic")),
+    ],
+    ids=["growing", "holes", "zeros", "never", "never atomic"],
+)
+def test_zeros_and_holes_of_a_block_that_differs_elsewhere(server, one_disk, direction, parts, before, options):
+    """Their digests are the same. So that something else differs is no reason to leave them as they are."""
+    source, target = one_disk / "source", one_disk / "target"
+    unit = 4 * PAGE
+    write(source, "c" * 64 + parts * 8, unit)
+    write(target, "c" * 64 + before * 8, unit)
+    report = copy(server, direction, source, target, *options)
+    assert read_holes(target, unit) == read_holes(source, unit)
+    assert report["bytes_moved"] + report["bytes_zeroed"] <= 8 * MEBIBYTE
+    assert copy(server, direction, source, target)["outcome"] == "equal"
+
+
+def test_only_blocks_whose_holes_differ_move_as_a_whole(server, one_disk):
+    """The others move in pieces, though all of them may travel together."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, ("a" + "0" * 63) * 8, 4 * PAGE)
+    write(target, ("b" + "0" * 63) * 7 + "b" + "-" * 63, 4 * PAGE)
+    report = copy(server, "upload", source, target)
+    assert (report["blocks_changed"], report["bytes_moved"]) == (8, MEBIBYTE + 7 * 4 * PAGE)
+    assert read_holes(target) == "x" * 8
+
+
+def test_holes_smaller_than_a_block_are_told(server, one_disk):
+    """As what became zeros without being moved."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a" * 32 + "-" * 32, 4 * PAGE)
+    write(target, "b" * 64, 4 * PAGE)
+    report = copy(server, "upload", source, target)
+    assert (report["bytes_moved"], report["bytes_zeroed"]) == (MEBIBYTE // 2, MEBIBYTE // 2)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("before", "options"),

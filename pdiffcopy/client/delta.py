@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any, NamedTuple
 
-from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, find_layout, total_size
+from pdiffcopy.blocks import HOLES, ZEROS, Block, BlockDigest, Extent, Hole, find_layout, join, total_size
 from pdiffcopy.digests import digest_blockwise, digest_layout
 from pdiffcopy.exceptions import ProtocolError
 from pdiffcopy.extents import MAX_EXTENTS
@@ -61,6 +61,8 @@ class Batch(NamedTuple):
     """The digest of the digests of the changed blocks (see :func:`.digest_blockwise`, empty if some aren't known)."""
     unit: int = 0
     """The size of the pieces of which that is, in bytes (0: it is of whole blocks)."""
+    whole: tuple[Extent, ...] = ()
+    """Those of the extents that move as a whole, see :attr:`.Block.is_whole`."""
     holes: tuple[Extent, ...] = ()
     """What is to become holes..."""
     zeros: tuple[Extent, ...] = ()
@@ -186,17 +188,19 @@ class Comparison:
         if is_hole or (digest == self._get_zeros(size) and not (is_auto and layout)):
             makes_hole = is_hole if is_auto else self.sparse is Sparse.ALWAYS
             fill = HOLES if makes_hole else ZEROS
+        is_whole = False
         if right is None:
             changed = True
         elif isinstance(right, Hole):
-            changed = fill != HOLES
+            changed, is_whole = fill != HOLES, not fill
         else:
             their_digest, their_layout = _split(right)
             is_alike = their_digest == (self._get_zeros(size) if fill else digest)
             if fill == HOLES:
                 layout = self._get_hole_layout(Extent(offset, size))
             changed = not (is_alike and (layout == their_layout or not (is_auto or fill == HOLES)))
-        return Block(offset, size, changed, digest, fill, -(-size // self.block_size))
+            is_whole = not fill and their_layout != ("" if self.sparse is Sparse.NEVER else layout)
+        return Block(offset, size, changed, digest, fill, -(-size // self.block_size), changed and is_whole)
 
     def _get_hole_layout(self, block: Extent) -> str:
         """The digest of the layout of a block that is a hole, as far as its first and last bytes allow."""
@@ -259,6 +263,7 @@ class _Accumulator:
 
     def clear(self) -> None:
         self.extents: list[Extent] = []
+        self.whole: list[Extent] = []
         self.fills: dict[str, list[Extent]] = {HOLES: [], ZEROS: []}
         self.digests: list[BlockDigest] = []
         self.changed: list[str] = []
@@ -273,6 +278,7 @@ class _Accumulator:
             self.blocks_changed,
             self.bytes_compared,
             digest_blockwise(self.changed) if all(self.changed) else "",
+            whole=tuple(self.whole),
             holes=tuple(self.fills[HOLES]),
             zeros=tuple(self.fills[ZEROS]),
         )
@@ -303,15 +309,14 @@ class _Accumulator:
         if not block.changed:
             return
         self.blocks_changed += block.blocks
-        room = self.fills[block.fill] if block.fill else self.extents
-        if room and sum(room[-1]) == block.offset:
-            room[-1] = Extent(room[-1].offset, room[-1].size + block.size)
-        else:
-            room.append(Extent(block.offset, block.size))
+        extent = Extent(block.offset, block.size)
+        join(self.fills[block.fill] if block.fill else self.extents, extent)
         if block.fill != HOLES:  # to make one takes no time, however large it is
             self.size += block.size
         if block.fill:
             return
+        if block.is_whole:
+            join(self.whole, extent)
         self.changed.append(block.digest)
         if self.keep_digests:
             self.digests.append(BlockDigest(block.offset, block.digest))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from pdiffcopy.blocks import Extent, count_blocks, cut, total_size
+from pdiffcopy.blocks import Extent, count_blocks, cut, join, subtract, total_size
 from pdiffcopy.client.delta import Batch
 from pdiffcopy.client.plan import Plan
 from pdiffcopy.digests import digest_blockwise
@@ -86,7 +86,8 @@ def look_closely(plan: Plan, batch: Batch, source: Replica, target: Replica, jud
     :returns: What is to be moved in place of the batch (possibly itself).
     """
     unit = _choose_unit(plan, batch)
-    blocks = list(cut(batch.extents, plan.block_size))
+    extents = list(subtract(batch.extents, batch.whole))
+    blocks = list(cut(extents, plan.block_size))
     # What wasn't compared seems to differ all over, and so it is without digests.
     count = judge.choose(len(blocks)) if unit and batch.digest else 0
     if not count:
@@ -95,9 +96,10 @@ def look_closely(plan: Plan, batch: Batch, source: Replica, target: Replica, jud
         _look(plan, blocks[:: len(blocks) // count][:count], unit, source, target, judge)
         if not judge.is_worth_it:
             return [batch]
-    pieces = _look(plan, batch.extents, unit, source, target, judge)
+    pieces = _look(plan, extents, unit, source, target, judge)
+    whole = [Batch(part) for part in split(batch.whole, plan.url_room)]
     # If none differs any more, somebody is writing to one side: the batch moves as it was found.
-    return list(_make_batches(pieces, unit, plan.url_room)) or [batch]
+    return [*_make_batches(pieces, unit, plan.url_room), *whole] or [batch]
 
 
 def _choose_unit(plan: Plan, batch: Batch) -> int:
@@ -133,11 +135,8 @@ def compare_pieces(
 def _make_batches(pieces: Sequence[tuple[Extent, str]], unit: int, room: int) -> Iterator[Batch]:
     """Join neighbors, and put as many extents together as a request has room for."""
     extents: list[Extent] = []
-    for (offset, size), _ in pieces:
-        if extents and sum(extents[-1]) == offset:
-            extents[-1] = Extent(extents[-1].offset, extents[-1].size + size)
-        else:
-            extents.append(Extent(offset, size))
+    for extent, _ in pieces:
+        join(extents, extent)
     digests = (digest for _, digest in pieces)
     for part in split(extents, room):
         count = sum(count_blocks(size, unit) for _, size in part)

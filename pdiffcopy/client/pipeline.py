@@ -173,6 +173,7 @@ def transfer_batch(
     source, target, patience = open_source(plan, replicas), open_target(plan, replicas), Patience(retries)
     zeroed = patience.persist(partial(_fill, plan, batch.holes, batch.zeros, target))
     parts = look_closely(plan, batch, source, target, judge) if batch.extents else []
+    differing = sum(part.size for part in parts)
     if plan.has_holes and plan.sparse is not Sparse.NEVER:
         parts = [kept for part in parts for kept in _keep_holes(plan, part, source, target)]
     size = sum(part.size for part in parts)
@@ -184,7 +185,7 @@ def transfer_batch(
     return Result.of_comparison(batch)._replace(
         bytes_moved=size,
         bytes_verified=size if plan.verification is not Verification.NONE else 0,
-        bytes_zeroed=zeroed,
+        bytes_zeroed=zeroed + differing - size,
         retries=patience.total + mismatches,
     )
 

@@ -181,8 +181,9 @@ class Planner:
         sparse, grain = self._choose_sparse(target.info)
         delta = options.delta_transfer and target.info.size > 0
         piece_size = self._choose_piece_size() if delta else 0
-        # Where there are holes, or are going to be, it takes all of a file to find them.
-        has_holes = source.has_holes or target.info.has_holes or sparse is Sparse.ALWAYS
+        # Where there are holes, or are going to be, it takes all of a file to find them. What a target grows by is one.
+        grows = target.info.size < source.size
+        has_holes = source.has_holes or target.info.has_holes or grows or sparse is Sparse.ALWAYS
         return Plan(
             source_address,
             target.address,
