@@ -153,7 +153,7 @@ def parse_listen(expression: str) -> tuple[str, int]:
     """
     Parse the argument of ``--listen``: PORT, HOST, HOST:PORT or [v6]:PORT.
 
-    :returns: A tuple of the host (empty means all addresses) and the port.
+    :returns: A tuple of the host (empty means all addresses of IPv4) and the port.
     """
     if expression.isdecimal():
         return "", _check_port(expression, expression)

@@ -8,8 +8,8 @@ Each of the two is the pathname of a local file, or the location of a file behin
 'host:port/path', '[v6]:port/path' (as it is) or 'http://host:port/path', 'https://...' (percent-encoded). The default
 port is 8080. Write './host:8080/x' for a local file with a colon before the first slash of its name.
 
-Several sources go into the folder TARGET, which is created where it's missing, and so does one source if TARGET is a
-folder or ends with a slash.
+Several sources go into the folder TARGET, and so does one source if TARGET is a folder or ends with a slash. Folders
+that are missing on the way to TARGET are created.
 
 Without SOURCE and TARGET the program is the server.
 
@@ -51,7 +51,7 @@ Supported options:
 
   -n, --dry-run
 
-    Compare the files and report how similar they are, but write nothing.
+    Compare the files and report how similar they are, but write nothing. (So what forbids to write isn't found.)
 
   -B, --benchmark=COUNT
 
@@ -62,7 +62,8 @@ Supported options:
 
   -l, --listen=ADDRESS
 
-    Start a server that listens on PORT, HOST, HOST:PORT or [v6]:PORT.
+    Start a server that listens on PORT (all addresses of IPv4), HOST, HOST:PORT or [v6]:PORT ([::]:PORT is all of both
+    kinds). The default is 8080.
 
   --no-verify
 
@@ -286,7 +287,7 @@ def _run_files(client: Client, as_json: bool) -> None:
         raise UsageError("--benchmark takes one source, which is a file")
     summary = Summary()
     ended: Any = client.run_files(summary)
-    with Spool(as_json, summary.as_dict) as files, closing(ended):  # so nothing goes on while it's printed
+    with Spool(as_json, summary.as_dict) as files, closing(ended):  # so that no process goes on while it's printed
         for file in ended:
             files.add(file.as_dict)
         logger.log(logging.WARNING if summary.reservations else logging.INFO, "%s", summary)

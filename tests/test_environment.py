@@ -234,7 +234,7 @@ def test_messages_on_a_terminal_are_only_messages(source, tmp_path):
     """Somebody who sits there knows the time, the machine, and what was started."""
     _, output = run_on_terminal(source, tmp_path / "target")
     message = re.sub(r"\x1b\[[0-9;]*[mA]", "", output).split("\r")[-2 if output.endswith("\r\n") else -1]
-    assert message.lstrip().startswith("The whole file was copied")
+    assert message.lstrip().startswith(f"{tmp_path}/target: The whole file was copied to a new file, ")
 
 
 def test_messages_in_a_log_say_when_and_where(source, tmp_path):
@@ -247,7 +247,7 @@ def test_messages_in_a_log_say_when_and_where(source, tmp_path):
 def test_format_that_was_asked_for_is_used(source, tmp_path):
     """On a terminal, too."""
     _, output = run_on_terminal(source, tmp_path / "target", COLOREDLOGS_LOG_FORMAT="=> %(message)s")
-    assert "=> The whole file" in re.sub(r"\x1b\[[0-9;]*m", "", output)
+    assert f"=> {tmp_path}/target: The whole file" in re.sub(r"\x1b\[[0-9;]*m", "", output)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

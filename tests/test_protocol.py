@@ -23,6 +23,7 @@ from pdiffcopy.protocol import (
     ReadRequest,
     ReleaseRequest,
     ResizeRequest,
+    SetMetadataRequest,
     WriteRequest,
 )
 from pdiffcopy.replica import Replica
@@ -96,6 +97,8 @@ def test_requests_survive(kind, data):
         values["grain"] = data.draw(st.sampled_from([0, 512, 4096])) if values["checks"] else 0
     if kind is ClearRequest:
         values["packed"] = values["packed"] or (Extent(0, 1),)
+    if kind is SetMetadataRequest:
+        values["in_advance"] &= not values["folder"]
     if kind is ReadRequest:
         values["digest"] = data.draw(st.booleans())
     if kind is PiecesRequest:

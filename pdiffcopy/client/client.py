@@ -203,7 +203,7 @@ class Client(PropertyManager):
         """
         with self._running() as (run, job):
             report = run.synchronize(find_place(job))
-        logger.log(logging.WARNING if report.reservations else logging.INFO, "%s", report)
+        logger.log(logging.WARNING if report.reservations else logging.INFO, "%s: %s", report.target, report)
         return report
 
     @property

@@ -103,6 +103,7 @@ class Report(NamedTuple):
             text = (
                 f"{pluralize(result.blocks_compared, 'block')} to copy" if self.dry_run else "The whole file was copied"
             )
+            text += " to a new file" if self.created else ""
         else:
             text += f" ({_format_similarity(result)} similar by {self.plan.method})"
         if not self.dry_run:
