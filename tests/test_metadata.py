@@ -99,9 +99,11 @@ def helpless(launch, direction):
     return UNPRIVILEGED if is_local else (), launch(prefix=() if is_local else UNPRIVILEGED)
 
 
-@pytest.mark.parametrize("option", ["-o", "-g"])
-@pytest.mark.parametrize("size", [1000, MAX_WHOLE + 1])
-@pytest.mark.parametrize("more", [(), ("--atomic",)], ids=["plain", "atomic"])
+@pytest.mark.parametrize(
+    ("option", "size", "more"),
+    [("-o", 1000, ()), ("-g", MAX_WHOLE + 1, ()), ("-g", 1000, ("--atomic",)), ("-o", MAX_WHOLE + 1, ("--atomic",))],
+    ids=["small", "large", "small new version", "large new version"],
+)
 def test_owner_that_can_not_be_is_refused_before_there_is_a_file(helpless, tmp_path, direction, option, size, more):
     """There's no way to take it back."""
     prefix, server = helpless
