@@ -26,6 +26,7 @@ from functools import partial
 from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from queue import Queue, SimpleQueue
 
 from pdiffcopy.client.delta import Batch
@@ -117,8 +118,8 @@ class _Orders:
 
     def __init__(self) -> None:
         self.receiver, self._sender = Pipe(duplex=False)
-        # Tuples of one, and an empty one at the end.
-        self._given: SimpleQueue[tuple[Order, ...]] = SimpleQueue()
+        # They're pickled by who gives them, who is told if that can't be. An empty one is the end.
+        self._given: SimpleQueue[memoryview] = SimpleQueue()
         self._thread = threading.Thread(target=self._send_all, daemon=True)
 
     def __enter__(self) -> _Orders:
@@ -126,7 +127,7 @@ class _Orders:
 
     def __exit__(self, *exc_info: object) -> None:
         self.receiver.close()  # so that there's nobody left whom the thread could wait for
-        self._given.put(())
+        self._given.put(memoryview(b""))
         if self._thread.is_alive():
             self._thread.join()
         self._sender.close()
@@ -135,12 +136,12 @@ class _Orders:
         """Give an order. All processes run by then: where there are threads, they can't be forked."""
         if not self._thread.ident:
             self._thread.start()
-        self._given.put((order,))
+        self._given.put(ForkingPickler.dumps(order))
 
     def _send_all(self) -> None:
         with suppress(OSError):
-            while envelope := self._given.get():
-                self._sender.send(envelope[0])
+            while order := self._given.get():
+                self._sender.send_bytes(order)
 
 
 class _Comparisons:
