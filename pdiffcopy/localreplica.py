@@ -33,6 +33,7 @@ from pdiffcopy.exceptions import (
     RangeError,
     ReplacedError,
     TooLargeError,
+    translating,
 )
 from pdiffcopy.features import FEATURES
 from pdiffcopy.files import kernel
@@ -282,7 +283,7 @@ class LocalReplica(Replica):
             self._try_new_metadata(metadata)
 
     def _try_new_metadata(self, metadata: Metadata) -> None:
-        with opened_nearest(self.filename, self.namespace) as folder:
+        with translating("create", self.filename), opened_nearest(self.filename, self.namespace) as (folder, _):
             try_new_metadata(folder, self.filename, metadata)
 
     def make_folder(self, mode: int = FOLDER_MODE) -> None:

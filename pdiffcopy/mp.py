@@ -141,7 +141,7 @@ class WorkerPool(PropertyManager):
                 for sentinel in running.keys() & ready:
                     running.pop(sentinel).join()
                 if self._results.bell in ready:
-                    yield self._results.take()
+                    yield from self._results.take()
             yield from self._results.take_rest()
 
     def is_ready(self, patience: float = 0) -> bool:
@@ -198,19 +198,18 @@ class _Results:
         """Begin. All children run already: where there are threads, they can't be forked."""
         self.thread.start()
 
-    def take(self) -> Any:
-        """Take the next one, which is there when the bell rings."""
-        os.eventfd_read(self.bell)
-        self.room.release()
-        return self.found.get()[0]
+    def take(self) -> tuple[Any, ...]:
+        """Take the next one, which is there when the bell rings: a tuple of it, or an empty one at the end."""
+        if envelope := self.found.get():
+            os.eventfd_read(self.bell)
+            self.room.release()
+        return envelope
 
     def take_rest(self) -> Iterator[Any]:
         """Take those that children have left which have ended."""
         self._close_writer()
-        while envelope := self.found.get():
-            os.eventfd_read(self.bell)
-            self.room.release()
-            yield envelope[0]
+        while envelope := self.take():
+            yield from envelope
 
     def stop(self) -> None:
         """End the thread. When nobody can write any more, it doesn't wait for the rest of a result either."""

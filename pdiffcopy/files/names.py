@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE
@@ -150,37 +150,29 @@ def make_place(filename: str, namespace: Namespace) -> None:
     _make_folders(os.path.dirname(filename) or ".", namespace)
 
 
-def _open_nearest(filename: str, namespace: Namespace) -> tuple[int, str]:
+@contextmanager
+def opened_nearest(filename: str, namespace: Namespace) -> Iterator[tuple[int, str]]:
     """Open what a name leads to (``O_PATH``), or the nearest folder that would have it, and tell the name of that."""
-    name = filename
-    while True:
+    fd, name = -1, filename
+    while fd < 0:
         try:
-            return namespace.open(name, os.O_PATH | os.O_CLOEXEC), name
+            fd = namespace.open(name, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
             name = os.path.dirname(name.rstrip("/")) or ("/" if filename.startswith("/") else ".")
+    try:
+        yield fd, name
+    finally:
+        os.close(fd)
 
 
 def find_room(filename: str, namespace: Namespace) -> int | None:
     """How many bytes are left where a file is, or would be created, see :func:`.get_room`."""
-    try:
-        fd, _ = _open_nearest(filename, namespace)
-    except OSError:  # whoever opens the file will tell
-        return None
-    try:
+    with ExitStack() as stack:
+        try:
+            fd, _ = stack.enter_context(opened_nearest(filename, namespace))
+        except OSError:  # whoever opens the file will tell
+            return None
         return get_room(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def opened_nearest(filename: str, namespace: Namespace) -> Iterator[int]:
-    """Open the nearest folder that would have a file (``O_PATH``)."""
-    with translating("create", filename):
-        fd, _ = _open_nearest(filename, namespace)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _check_place(filename: str, namespace: Namespace) -> None:
@@ -191,14 +183,11 @@ def _check_place(filename: str, namespace: Namespace) -> None:
     would stay. A name below /dev that doesn't exist is a device that is missing: a file there would be in memory. Where
     the kernel makes up the files, a folder that is made may have a meaning.
     """
-    fd, name = _open_nearest(filename, namespace)
-    try:
+    with opened_nearest(filename, namespace) as (fd, name):
         if ".." in filename.removeprefix(name).split("/"):
             text = "Can't create {filename}: .. is behind a folder that doesn't exist, write the path without it"
             raise FileMissingError(text, filename=filename)
         check_folder(fd, filename, exists=name == filename)
-    finally:
-        os.close(fd)
 
 
 def check_folder(fd: int, filename: str, exists: bool = False) -> None:
