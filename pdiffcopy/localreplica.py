@@ -57,6 +57,7 @@ from pdiffcopy.files.names import (
     opened_nearest,
     sync_folder,
 )
+from pdiffcopy.files.openfile import TOO_SHORT
 from pdiffcopy.files.room import get_room
 from pdiffcopy.files.staging import NewVersion, is_new_version
 from pdiffcopy.files.stored import Stored
@@ -126,7 +127,10 @@ class LocalReplica(Replica):
         """See :meth:`Replica.hashes`."""
         get_hasher(method)
         file = self._open()  # now, and not when the first digest is asked for
-        return self._hash(file, block_size, method, concurrency, start, file.size() if stop is None else stop, grain)
+        if stop is None:
+            stop = file.size()
+        self._check_range(file, [Extent(0, stop)])
+        return self._hash(file, block_size, method, concurrency, start, stop, grain)
 
     def _hash(
         self, file: LocalFile, block_size: int, method: str, concurrency: int, start: int, stop: int, grain: int
@@ -152,9 +156,8 @@ class LocalReplica(Replica):
         return nullcontext(self.hashers) if self.hashers else Hashers(count)
 
     def _check_range(self, file: LocalFile, extents: Sequence[Extent]) -> None:
-        if max(map(sum, extents), default=0) > file.size():
-            text = "Can't read all of {filename} that was asked for: it ends before an extent does"
-            raise RangeError(text, filename=self.label)
+        if (stop := max(map(sum, extents), default=0)) > file.size():
+            raise RangeError(TOO_SHORT, filename=self.label, offset=stop)
 
     @contextmanager
     def read(self, extents: Sequence[Extent], state_digest: bool = False, clip: bool = False) -> Iterator[Reading]:

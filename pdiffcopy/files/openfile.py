@@ -35,6 +35,8 @@ from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
 from pdiffcopy.files.sockets import send_all, wait_for_room
 
+TOO_SHORT = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
+
 F = TypeVar("F", bound="OpenFile")
 
 
@@ -265,8 +267,7 @@ class OpenFile:
             offset, size = offset + count, size - count
 
     def _too_short(self, size: int) -> FileError:
-        text = "Can't read {filename} up to offset {offset}: the file has become shorter, or never was that long"
-        return FileError(text, filename=self.filename, offset=size)
+        return FileError(TOO_SHORT, filename=self.filename, offset=size)
 
     def digest(self, extents: Sequence[Extent]) -> str:
         """Compute the XXH128 digest of the bytes of some extents."""

@@ -20,7 +20,7 @@ from pdiffcopy.client.progress import Reporter
 from pdiffcopy.exceptions import (
     DigestMismatchError,
     FileError,
-    ProtocolError,
+    RangeError,
     SourceChangedError,
     TransientError,
     VerificationError,
@@ -183,7 +183,7 @@ def test_shorter_target_differs_where_it_ends(plan, tmp_path, sides):
 def test_source_that_became_shorter_is_an_error(plan, tmp_path, sides):
     """Its hashes can't be trusted to be those of the file that was looked at."""
     (tmp_path / "source").write_bytes(b"x")
-    with pytest.raises((FileError, ProtocolError)):
+    with pytest.raises(RangeError, match="shorter"):
         list(find_blocks(plan, sides))
 
 
