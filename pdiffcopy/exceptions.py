@@ -21,8 +21,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+REMEDIES = {
+    errno.EAGAIN: "more processes have to be allowed (ulimit -u, or TasksMax of a systemd unit)",
+    errno.EMFILE: "more open files have to be allowed (ulimit -n)",
+    errno.ENFILE: "this machine has no room for more open files",
+}
+"""What helps where a limit of the machine is reached."""
+
+
 def describe_error(error: BaseException) -> str:
     """Say in one line what went wrong, of errors that aren't ours."""
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):  # there's no class for that
+        return f"Can't start a thread: {REMEDIES[errno.EAGAIN]}"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return printable(f"The operating system says: {error.strerror}{where}")
@@ -198,13 +208,12 @@ class TransientError(ProgramError):
 class FileError(ProgramError):
     """Raised when the operating system refuses to do something with a file."""
 
-    http_status = 500
-
     @classmethod
     def from_os_error(cls, error: OSError, action: str, filename: str) -> FileError:
         """Choose the most specific class for an :exc:`OSError`."""
         kind = _FILE_ERRORS.get(error.errno or 0, cls)
-        reason = error.strerror or str(error)
+        remedy = REMEDIES.get(error.errno or 0)
+        reason = (error.strerror or str(error)) + (f": {remedy}" if remedy else "")
         return kind("Can't {action} {filename}: {reason}", action=action, filename=filename, reason=reason)
 
 

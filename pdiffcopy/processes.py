@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
-from pdiffcopy.exceptions import WorkerError
+from pdiffcopy.exceptions import REMEDIES, WorkerError
 
 _thread = threading.local()
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM}
@@ -51,11 +51,6 @@ def _get_context() -> Any:
     return multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
 
 
-_REMEDIES = {
-    errno.EAGAIN: "more processes have to be allowed (ulimit -u, or TasksMax of a systemd unit)",
-    errno.EMFILE: "more open files have to be allowed (ulimit -n)",
-    errno.ENFILE: "this machine has no room for more open files",
-}
 _NO_SHARED_MEMORY = "shared memory is needed, see that there is a /dev/shm that this user can write to"
 
 
@@ -67,7 +62,7 @@ def _explaining(missing: str = "") -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError) as e:  # Python has no error of its own for "can't start new thread"
         number = e.errno if isinstance(e, OSError) else errno.EAGAIN if isinstance(e, RuntimeError) else None
         reason = getattr(e, "strerror", "") or str(e) or "out of memory"
-        if remedy := _REMEDIES.get(number or 0, missing):
+        if remedy := REMEDIES.get(number or 0, missing):
             reason += f": {remedy}"
         raise WorkerError("Can't start child processes: {reason}", reason=reason) from e
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pdiffcopy import exceptions
 from pdiffcopy.exceptions import (
+    REMEDIES,
     DiskFullError,
     FileError,
     FileForbiddenError,
@@ -22,6 +23,7 @@ from pdiffcopy.exceptions import (
     ProgramError,
     SourceChangedError,
     VerificationError,
+    describe_error,
     printable,
 )
 
@@ -93,6 +95,14 @@ def test_errors_of_the_system(code, cls, status):
     assert error.http_status == status
     assert str(error) == f"Can't read /a\\x1bb: {os.strerror(code)}"
     assert (error.action, error.filename, error.reason) == ("read", "/a\x1bb", os.strerror(code))
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EAGAIN])
+def test_limits_of_the_machine_have_remedies(code):
+    """Nobody remembers which one has to be raised."""
+    error = FileError.from_os_error(OSError(code, os.strerror(code)), "open", "/a")
+    assert str(error) == f"Can't open /a: {os.strerror(code)}: {REMEDIES[code]}"
+    assert "ulimit -u" in describe_error(RuntimeError("can't start new thread"))
 
 
 def test_errors_of_the_system_without_a_number():
