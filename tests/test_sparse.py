@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from pdiffcopy.blocks import Extent
-from pdiffcopy.client import pipeline
-from pdiffcopy.files import kernel
-from pdiffcopy.files.holes import find_holes
+from pdiffcopy.client import Client, pipeline
+from pdiffcopy.exceptions import DigestMismatchError
+from pdiffcopy.files import kernel, openfile
+from pdiffcopy.files.holes import find_holes, hides_holes
+from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.localreplica import LocalReplica
 from tests.support import (
     DISKS,
@@ -316,7 +318,7 @@ def test_file_systems_without_holes_get_zeros(one_disk, monkeypatch):
     monkeypatch.setattr(kernel, "punch_hole", lambda *_: False)
     monkeypatch.setattr(pipeline, "BATCH_SIZE", MEBIBYTE)
     target = LocalReplica(str(one_disk / "file"))
-    plan = type("Plan", (), {"run": ""})
+    plan = type("Plan", (), {"run": "", "surplus": 0})
     assert pipeline._fill(plan, [Extent(PAGE, 2 * MEBIBYTE)], (), target) == 2 * MEBIBYTE
     data = (one_disk / "file").read_bytes()
     assert data[PAGE : PAGE + 2 * MEBIBYTE] == bytes(2 * MEBIBYTE)
@@ -336,3 +338,87 @@ def test_root_and_read_only_hold_for_holes(tmp_path):
     finally:
         server.stop()
     assert read_holes(tmp_path / "root" / "file") == "xx"
+
+
+# Where holes can't be had as usual {{{1
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("option", ["auto", "always"])
+@pytest.mark.parametrize("surplus", [1, PAGE - 1, 2 * MEBIBYTE], ids=["a byte", "less than a page", "more"])
+def test_hole_at_the_end_of_a_target_that_was_longer(server, one_disk, direction, option, surplus):
+    """Its last block is a whole one, though the source ends within it: what lies behind is cut off."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a-")
+    write(target, "bbb")
+    os.truncate(source, 2 * MEBIBYTE - 1000)
+    os.truncate(target, 2 * MEBIBYTE - 1000 + surplus)
+    assert copy(server, direction, source, target, f"--sparse={option}")["outcome"] == "updated"
+    assert target.stat().st_blocks == source.stat().st_blocks
+    again = copy(server, direction, source, target, f"--sparse={option}")
+    assert (again["outcome"], again["blocks_changed"], again["bytes_zeroed"]) == ("equal", 0, 0)
+
+
+def test_target_that_hides_its_holes_is_equal(one_disk, monkeypatch):
+    """Where nobody can find any, zeros are all that there can be: they aren't written again and again."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a--b")
+    write(target, "a00b")
+    before = target.stat()
+    monkeypatch.setattr(openfile, "hides_holes", lambda fd, status: status.st_ino == before.st_ino)
+    for options in ({}, {"sparse": "always"}, {"dry_run": True}):
+        report = Client(source=source, target=target, **options).run()
+        assert (report.outcome, report.result.bytes_zeroed) == ("equal", 0)
+    monkeypatch.undo()
+    assert target.stat().st_blocks == before.st_blocks
+    assert Client(source=source, target=target, dry_run=True).run().result.blocks_changed == 2
+
+
+@pytest.mark.parametrize(
+    "kind, room, expected",
+    [
+        (0x65735546, 0, True),
+        (0x65735546, MEBIBYTE, False),
+        (0x6969, 0, True),
+        (0x4D44, MEBIBYTE, True),
+        (0xEF53, 0, False),
+    ],
+    ids=["FUSE, hidden", "FUSE, dense", "NFS, hidden", "FAT", "ext4"],
+)
+def test_file_systems_that_hide_holes(tmp_path, monkeypatch, kind, room, expected):
+    """Those that don't tell where they are, and those that have none. A local one that tells of none has none."""
+    monkeypatch.setattr(kernel, "get_file_system", lambda fd: kind)
+    status = type("Status", (), {"st_size": MEBIBYTE, "st_blocks": room // 512})
+    assert hides_holes(0, status) is expected
+
+
+def test_blocks_at_the_end_of_a_file_have_holes_to_its_end(server, one_disk):
+    """The last grain of a file may be a part of one, and is a hole nevertheless."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "aa--", PAGE)
+    write(target, "aaaa", PAGE)
+    for path in (source, target):
+        os.truncate(path, 4 * PAGE - 100)
+    assert copy(server, "local", source, target)["blocks_changed"] == 1
+    assert read_holes(target, PAGE)[:3] == "xx-"
+    assert target.stat().st_blocks == source.stat().st_blocks
+
+
+def test_no_holes_are_made_where_none_are_wanted_within_blocks(server, one_disk):
+    """With ``--sparse=never`` it doesn't matter where in a block the source has holes: it isn't moved for that."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a-b-" * 64, PAGE)
+    write(target, "a0b0" * 64, PAGE)
+    with source.open("r+b") as file:
+        file.write(make_data(PAGE, 99))
+    report = copy(server, "local", source, target, "--sparse=never")
+    assert report["bytes_moved"] == 4 * PAGE
+    assert "-" not in read_holes(target, PAGE)
+
+
+def test_zeros_that_did_not_arrive_are_noticed(one_disk, monkeypatch):
+    """They're read back, too."""
+    write(one_disk / "file", "ab")
+    monkeypatch.setattr(LocalFile, "_zero", lambda *_: None)
+    with LocalFile(str(one_disk / "file"), write=True) as file, pytest.raises(DigestMismatchError, match="zeros"):
+        file.clear([Extent(0, PAGE)], keep=True)

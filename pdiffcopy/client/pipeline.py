@@ -171,7 +171,7 @@ def transfer_batch(
     :raises: :exc:`.VerificationError` when the target keeps differing from what the source sends.
     """
     source, target, patience = open_source(plan, replicas), open_target(plan, replicas), Patience(retries)
-    zeroed = patience.persist(partial(_fill, plan, batch.holes, batch.zeros, target))
+    zeroed = _fill(plan, batch.holes, batch.zeros, target)
     parts = look_closely(plan, batch, source, target, judge) if batch.extents else []
     differing = sum(part.size for part in parts)
     if plan.has_holes and plan.sparse is not Sparse.NEVER:
@@ -192,11 +192,19 @@ def transfer_batch(
 
 def _fill(plan: Plan, holes: Sequence[Extent], zeros: Sequence[Extent], target: Replica) -> int:
     """Make holes and zeros, and tell how many bytes they have."""
-    is_done = not holes or target.clear(holes, plan.run)
+    is_done = not holes or target.clear(_extend(plan, holes), plan.run)
     # Where the file system has no holes, they become zeros.
     for part in cut(zeros if is_done else (*zeros, *holes), BATCH_SIZE):
         target.clear([part], plan.run, keep=True)
     return total_size((*holes, *zeros))
+
+
+def _extend(plan: Plan, holes: Sequence[Extent]) -> Sequence[Extent]:
+    """Let a hole at the end of the source take a whole block: what lies behind that end is going to be cut off."""
+    *others, last = holes
+    if not plan.surplus or sum(last) < plan.size:
+        return holes
+    return [*others, Extent(last.offset, last.size + min(-plan.size % plan.grain, plan.surplus))]
 
 
 def _keep_holes(plan: Plan, batch: Batch, source: Replica, target: Replica) -> Iterator[Batch]:
@@ -285,7 +293,7 @@ class _Transfer:
         self.mismatches += 1
         is_last = self.mismatches == VERIFY_ATTEMPTS
         if self.verification is not Verification.BY_HASHES or is_last:  # an old server would hash all of the file
-            self.patience.persist(partial(self._check_source, stated))
+            self._check_source(stated)
         if is_last:
             text = "{target}: the data at offset {offset} couldn't be verified, it arrived wrong {attempts} times"
             offset = self.batch.extents[0].offset
@@ -299,7 +307,7 @@ class _Transfer:
         :raises: :exc:`.SourceChangedError` when it states something else now.
         """
         if stated:
-            is_same = self.source.digest(self.batch.extents) == stated
+            is_same = self.patience.persist(partial(self.source.digest, self.batch.extents)) == stated
         else:
             is_same = self.batch.digest == digest_blockwise(self._digest_again())
         if not is_same:

@@ -71,6 +71,9 @@ class Options(NamedTuple):
 
     def checked(self) -> Options:
         """Refuse what can't be meant, and find the name that both sides have for the hash method."""
+        for name in ("block_size", "bwlimit", "concurrency"):
+            if not isinstance(value := getattr(self, name), int):
+                raise UsageError("{name} has to be a whole number, not {value}", name=name, value=repr(value))
         if not 0 < self.block_size <= MAX_BLOCK_SIZE:
             text = "The block size has to be from 1 byte to 1 GiB, not {size} bytes"
             raise UsageError(text, size=self.block_size)
@@ -78,7 +81,8 @@ class Options(NamedTuple):
         if self.sparse not in SPARSE_CHOICES:
             choices = ", ".join(SPARSE_CHOICES)
             raise UsageError("--sparse takes {choices}, not {value}", choices=choices, value=repr(self.sparse))
-        return self if self.hash_method == AUTO else self._replace(hash_method=find_method(self.hash_method))
+        method = str(self.hash_method)
+        return self._replace(hash_method=AUTO if method.lower() == AUTO else find_method(method))
 
 
 class Verification(Enum):
@@ -138,6 +142,8 @@ class Plan(NamedTuple):
     """The size of the smallest hole that matters, in bytes."""
     has_holes: bool = False
     """Whether the source has some."""
+    surplus: int = 0
+    """How many bytes the target has behind the end of the source, which are going to be cut off."""
     is_new: bool = False
     """Whether there was nothing in the target, so that it's one hole."""
     run: str = ""

@@ -191,6 +191,7 @@ class Planner:
             target_id=target.info.file_id,
             size=source.size,
             target_size=target.size,
+            surplus=max(0, target.info.size - source.size) if target.info.resizable else 0,
             block_size=options.block_size,
             method=self.method,
             concurrency=options.concurrency,
@@ -219,9 +220,12 @@ class Planner:
         wanted, grain = Sparse(self.options.sparse), max(self.source.info.grain, target.grain)
         if FEATURE_SPARSE not in self.common or self.is_given or not grain:
             return Sparse.IGNORED, 0
-        # A device has no holes, and where blocks are so small that some have no whole grain, holes consist of blocks.
+        # A device has no holes, nor have some file systems, and some hide them.
+        if target.exists and not (target.resizable and target.grain):
+            wanted = Sparse.NEVER
+        # Where blocks are so small that some have no whole grain, holes consist of blocks.
         is_part = 2 * grain <= self.options.block_size
-        return wanted if target.resizable else Sparse.NEVER, grain if is_part else self.options.block_size
+        return wanted, grain if is_part else self.options.block_size
 
     def _choose_piece_size(self) -> int:
         is_possible = FEATURE_PIECES in self.common and self.options.block_size % PIECE_SIZE == 0

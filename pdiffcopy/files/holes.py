@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from pdiffcopy.blocks import MAX_OFFSET, Extent, align
 from pdiffcopy.files import kernel
 
+_HOLELESS = frozenset([0x4D44, 0x2011BAB0])
+"""File systems that have no holes: FAT and exFAT (linux/magic.h)."""
+_DISTANT = frozenset([0x65735546, 0x6969, 0xFF534D42, 0xFE534D42, 0x01021997])
+"""File systems that may not know where the holes of a file are: those in user space, NFS, CIFS, SMB and 9P."""
 _LAST = MAX_OFFSET + 1 - (mmap.PAGESIZE << 11)
 """Where the last pages begin that a file can have. What the page cache holds as one piece (at most so many bytes,
 ``MAX_XAS_ORDER`` in linux/pagemap.h) ends at an offset there that Linux can't express, and it takes that for a hole."""
@@ -56,3 +60,13 @@ def find_extents(fd: int, start: int, stop: int) -> Iterator[Extent]:
 def get_grain(fd: int) -> int:
     """The size of the blocks of the file system that a file is in, in bytes."""
     return max(os.fstatvfs(fd).f_bsize, 1)
+
+
+def hides_holes(fd: int, status: os.stat_result) -> bool:
+    """
+    Whether a file seems to have holes that can't be found (where none was found), or can't have any.
+
+    To make some there would be in vain, since the next run would find none.
+    """
+    kind = kernel.get_file_system(fd)
+    return kind in _HOLELESS or (kind in _DISTANT and status.st_blocks * 512 < status.st_size)

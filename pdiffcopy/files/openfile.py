@@ -2,7 +2,7 @@
 What is an open file of this machine, and how is it read?
 
 A file is a regular file or a block device. Anything else (a folder, a FIFO, a terminal, a socket) is refused before
-it is opened, so that opening it can't block or have side effects, and once more afterwards, in case it was swapped.
+it is opened, so that opening it can't block or have side effects. What was looked at is what is opened (``O_PATH``).
 Whatever the operating system refuses is a :exc:`.FileError` that names the file.
 """
 
@@ -23,13 +23,14 @@ from pdiffcopy.exceptions import (
     AbsentError,
     FileError,
     FileForbiddenError,
+    RangeError,
     ReplacedError,
     translating,
 )
 from pdiffcopy.files import kernel, pagecache
 from pdiffcopy.files.buffers import READ_SIZE, ZEROED, borrow_buffer
 from pdiffcopy.files.claims import Claims
-from pdiffcopy.files.holes import find_extents, find_holes, get_grain
+from pdiffcopy.files.holes import find_extents, find_holes, get_grain, hides_holes
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.names import MACHINE, Namespace, reopen
 from pdiffcopy.files.readahead import ReadAhead
@@ -133,6 +134,7 @@ class OpenFile:
             size = self.size()
             return FileInfo(True, size, file_id=identify(status), resizable=False, mode=mode, allocated=size)
         times = status.st_mtime_ns, status.st_ctime_ns
+        has_holes = any(find_holes(self.fd, 0, status.st_size))
         settles_ms = -(-get_settling_time(*times, time.time_ns()) // 1_000_000)
         return FileInfo(
             True,
@@ -140,8 +142,8 @@ class OpenFile:
             *times,
             identify(status),
             mode=status.st_mode & MAX_MODE,
-            grain=get_grain(self.fd),
-            has_holes=any(find_holes(self.fd, 0, status.st_size)),
+            grain=get_grain(self.fd) if has_holes or not hides_holes(self.fd, status) else 0,
+            has_holes=has_holes,
             allocated=min(status.st_blocks * 512, status.st_size),
             settles_ms=settles_ms,
         )
@@ -168,6 +170,8 @@ class OpenFile:
 
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill a buffer from an offset. Returns how many bytes there were (fewer only at the end of the file)."""
+        if offset < 0:  # to the kernel -1 is where the file was read last
+            raise RangeError("An offset can't be negative: {offset}", offset=offset)
         try:
             done = count = os.preadv(self.fd, (view,), offset)
             while count and done < len(view):

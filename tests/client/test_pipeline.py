@@ -370,6 +370,21 @@ def test_transient_failures_are_survived(plan, source, smallest, sides):
     assert read(plan.target) == read(plan.source)
 
 
+def test_holes_are_asked_for_as_often_as_a_replica_does_that(plan, sides, monkeypatch):
+    """It has its own patience, and another one around that would multiply the attempts."""
+    asked = []
+
+    def clear(replica, extents, run="", keep=False):
+        asked.append(extents)
+        raise TransientError("gone")
+
+    monkeypatch.setattr(LocalReplica, "clear", clear)
+    batch = Batch(holes=(Extent(0, BLOCK),))
+    with pytest.raises(TransientError, match="gone"):
+        transfer_batch(plan, batch, sides, 8, Reporter(), Judge())
+    assert len(asked) == 1
+
+
 def test_too_many_failures_end_the_run(plan, source, smallest, sides):
     """The last one is what the user gets to see."""
     (batch,) = find(plan, sides)
