@@ -7,7 +7,8 @@ pdiffcopy, on this machine or elsewhere. The invariants:
 1. A run that has claimed a file is the only one that writes to it, until the next claim or its release.
 2. Each piece is written under a shared lock, with the claim looked at under that lock; a claim is made under the
    exclusive one. So after a claim no earlier run writes anything more.
-3. From the beginning of a flush to its success the claim is marked: the page cache may have what the disk doesn't.
+3. From the beginning of a flush to its success the claim is marked: the page cache may have what the disk doesn't. So
+   it is after a write that failed while it was waited for.
 
 A device can't carry a claim. It is refused when it is mounted or in use otherwise.
 """
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
-from pdiffcopy.exceptions import FileError, FileForbiddenError, TakenOverError, translating
+from pdiffcopy.exceptions import FileError, FileForbiddenError, ProgramError, TakenOverError, translating
 from pdiffcopy.files import kernel
 
 LOCK_TIMEOUT = 20.0
@@ -151,7 +152,12 @@ class Claims:
             kernel.write_back(self.fd, 0, 0)
         with translating("drop the cached pages of", self.filename):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            cached = kernel.count_cached_pages(self.fd, os.fstat(self.fd).st_size)
+            try:
+                cached = kernel.count_cached_pages(self.fd, os.fstat(self.fd).st_size)
+            except OSError as e:
+                if e.errno != errno.ENODEV:
+                    raise
+                cached = 0  # what can't be mapped isn't cached (direct_io of FUSE)
         if cached:
             text = (
                 "A flush of {filename} failed, and {cached} pages in memory can't be compared with the disk: "
@@ -228,6 +234,11 @@ class Claims:
                 self._forget()
             raise
         self._mark(run, "")
+
+    def doubt(self, run: str) -> None:
+        """Remember that the page cache may have what the disk doesn't, so that the next claim drops it."""
+        with suppress(ProgramError):
+            self._mark(run, UNFLUSHED)
 
     def _mark(self, run: str, mark: str) -> None:
         if run:

@@ -7,7 +7,8 @@ What was written is read back, and compared with what should be there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pdiffcopy.blocks import MAX_OFFSET, Extent, cut
@@ -15,6 +16,7 @@ from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     DigestMismatchError,
     DiskFullError,
+    FileError,
     FileForbiddenError,
     RangeError,
     translating,
@@ -53,7 +55,7 @@ class LocalFile(OpenFile):
                  :exc:`.RangeError` when it has become too short for the run.
         """
         hasher = (hasher or new_hasher()) if digest else None
-        with self.changing(extents) as change:
+        with self.changing(extents, run) as change:
             for offset, piece in spread(extents, chunks):
                 size = len(piece)
                 # Not around all of it: a sender that stalls must not keep another run from claiming the file.
@@ -66,9 +68,16 @@ class LocalFile(OpenFile):
             text = "What lies in {filename} at offset {offset} isn't what was sent"
             raise DigestMismatchError(text, filename=self.filename, offset=extents[0].offset)
 
-    def changing(self, extents: Sequence[Extent]) -> Change:
+    @contextmanager
+    def changing(self, extents: Sequence[Extent], run: str = "") -> Iterator[Change]:
         """Surround the writing of extents, see :class:`.Change`."""
-        return Change(self.fd, self.filename, extents if self.drop else ())
+        try:
+            with Change(self.fd, self.filename, extents if self.drop else ()) as change:
+                yield change
+        except FileError:
+            if self.drop:  # it may be that the disk didn't take something, of which the kernel tells only once
+                self.claims.doubt(run)
+            raise
 
     def _write_piece(self, offset: int, piece: memoryview | Piped, hasher: Any) -> None:
         """Write bytes, and read them back chunk by chunk: each is still in the cache of this core."""
@@ -105,7 +114,7 @@ class LocalFile(OpenFile):
         return True
 
     def _write_zeros(self, extents: Sequence[Extent], run: str) -> None:
-        with self.changing(extents) as change:
+        with self.changing(extents, run) as change:
             for part in cut(extents, DEVICE_STEP if self.is_device else READ_SIZE):
                 with self.claims.writing(run):
                     self._check_room(sum(part))
@@ -160,8 +169,9 @@ class LocalFile(OpenFile):
         """
         if not self.is_device:
             with translating("resize", self.filename):
-                if not (in_advance and size and kernel.allocate(self.fd, size)):
-                    os.ftruncate(self.fd, size)
+                if in_advance and size:
+                    kernel.allocate(self.fd, size)
+                os.ftruncate(self.fd, size)
         elif size > self.size():
             text = "Can't resize {filename} to {size} bytes: it is a block device and smaller than that"
             raise FileForbiddenError(text, filename=self.filename, size=size)

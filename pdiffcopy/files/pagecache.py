@@ -19,6 +19,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from pdiffcopy.blocks import Extent, cut, intersect
@@ -63,7 +64,7 @@ def _is_cached(fd: int, offset: int) -> bool:
 
 def find_missing_pages(fd: int, extents: Iterable[Extent]) -> Iterator[Extent]:
     """Find the pages of extents of an open file that aren't in its page cache, in runs."""
-    for offset, size in extents:
+    for offset, size in filter(itemgetter(1), extents):
         start = offset - offset % mmap.PAGESIZE
         for window in cut([Extent(start, offset + size - start)], _WINDOW):
             for run in re.finditer(rb"\0+", kernel.find_cached_pages(fd, *window)):

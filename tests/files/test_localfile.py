@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from pdiffcopy.blocks import Extent
 from pdiffcopy.digests import BlockwiseHasher, digest_blockwise
-from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, TakenOverError
-from pdiffcopy.files import claims
+from pdiffcopy.exceptions import DigestMismatchError, DiskFullError, FileError, RangeError, TakenOverError
+from pdiffcopy.files import claims, kernel, pagecache
 from pdiffcopy.files.buffers import READ_SIZE
-from pdiffcopy.files.claims import RUN_ATTRIBUTE
+from pdiffcopy.files.claims import RUN_ATTRIBUTE, UNFLUSHED
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.splice import Piped, spread
 from tests.support import make_data, snapshot, write_pattern
@@ -333,6 +333,47 @@ def test_end_of_an_earlier_run_does_not_end_the_claim(target, monkeypatch):
     monkeypatch.setattr(target.claims, "_try_lock", try_lock)
     assert target.claims.take("bb")
     write(target, "bb")
+
+
+def test_disk_that_refuses_what_is_to_leave_memory(target, monkeypatch):
+    """The kernel tells of it only once, so the claim remembers that memory and disk may differ."""
+    target.drop = True
+    assert target.claims.take("aa")
+
+    def refuse(*arguments):
+        raise OSError(errno.EIO, "a broken disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "write_back", refuse)
+        patch.setattr(pagecache, "find_missing_pages", lambda fd, extents: iter([Extent(0, 4096)]))
+        with pytest.raises(FileError, match="a broken disk"):
+            write(target, "aa")
+    assert target.claims.is_doubtful()
+    assert target.claims.take("bb") and not target.claims.is_doubtful()
+
+
+def test_file_that_cannot_be_mapped_can_be_claimed_after_a_flush_that_failed(target, monkeypatch):
+    """Nothing of it is in memory (a file in user space that is read and written directly)."""
+
+    def refuse(*arguments):
+        raise OSError(errno.ENODEV, "it can't be mapped")
+
+    os.setxattr(target.fd, RUN_ATTRIBUTE, b"aa" + UNFLUSHED.encode())
+    monkeypatch.setattr(kernel, "count_cached_pages", refuse)
+    assert target.claims.take("bb") and not target.claims.is_doubtful()
+
+
+def test_room_in_advance_is_what_was_asked_for(target):
+    """A file that is longer than that is cut."""
+    target.resize(1000)
+    target.resize(100, in_advance=True)
+    assert target.size() == 100
+
+
+def test_offsets_are_not_negative(target):
+    """To the kernel -1 is where the file was read last."""
+    with pytest.raises(RangeError, match="negative"):
+        target.read_into(memoryview(bytearray(5)), -1)
 
 
 def test_who_has_no_name_is_not_hindered(target):
