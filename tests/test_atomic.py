@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from pdiffcopy.exceptions import (
 from pdiffcopy.files import kernel, staging
 from pdiffcopy.files.claims import RUN_ATTRIBUTE, UNFLUSHED, Claims
 from pdiffcopy.files.confinement import Root
+from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.names import MACHINE
 from pdiffcopy.files.staging import NewVersion
 from pdiffcopy.localreplica import LocalReplica
@@ -432,20 +434,83 @@ def test_lost_answers_are_survived(server, tmp_path, monkeypatch):
     assert len(set(runs)) == 3
 
 
-@pytest.mark.parametrize("rename", ["renameat2", "link"])
+@pytest.mark.parametrize("rename", ["renameat2", "link", "neither"])
 def test_target_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, rename):
     """It was missing, so nobody has compared it with anything."""
-    if rename == "link":
+    if rename != "renameat2":
         monkeypatch.setattr(kernel, "_RENAME_NOREPLACE", 1 << 20)
+    if rename == "neither":
+        monkeypatch.setattr(os, "link", refuse_links)
     replica = LocalReplica(str(tmp_path / "file"))
     staged = replica.stage("abc")
     (tmp_path / "file").write_bytes(b"precious")
-    with pytest.raises(FileForbiddenError, match="exists"):
+    with pytest.raises(ReplacedError, match="was created by somebody else"):
         replica.commit(staged.info.file_id, 0, "abc")
     assert (tmp_path / "file").read_bytes() == b"precious"
     (tmp_path / "file").unlink()
     assert replica.commit(replica.stage("def").info.file_id, 0, "def").size == 0
     assert os.listdir(tmp_path) == ["file"]
+
+
+def refuse_links(*arguments, **options):
+    raise PermissionError(errno.EPERM, "there are no links here")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("options", [(), ("--atomic",)], ids=["in place", "atomic"])
+def test_links_that_lead_to_nothing_are_refused(server, tmp_path, direction, options):
+    """Nobody can know whether what they name is to be created."""
+    write_pattern(tmp_path / "source", MEBIBYTE)
+    (tmp_path / "target").symlink_to("nowhere")
+    source = server.location(tmp_path / "source") if direction == "download" else tmp_path / "source"
+    target = server.location(tmp_path / "target") if direction == "upload" else tmp_path / "target"
+    result = run_pdiffcopy(*options, source, target)
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "is a link that leads to nothing" in line
+    assert sorted(os.listdir(tmp_path)) == ["source", "target"]
+
+
+def test_file_that_can_only_be_appended_to_is_refused(tmp_path):
+    """It couldn't be replaced, so nothing is moved. (There's a message of its own for those that can't be changed.)"""
+    with ext4(tmp_path / "image", tmp_path / "disk") as disk:
+        write_pattern(disk / "source", MEBIBYTE)
+        write_pattern(disk / "target", MEBIBYTE, 2)
+        subprocess.run(["chattr", "+a", disk / "target"], check=True)
+        before = snapshot(disk / "target")
+        result = run_pdiffcopy("--atomic", disk / "source", disk / "target")
+        (line,) = error_lines(result)
+        assert result.returncode == 1 and "it can only be appended to (chattr -a ends that)" in line
+        assert snapshot(disk / "target") == before
+        assert not (disk / ".target.pdiffcopy").exists()
+
+
+def test_replacement_is_done_also_where_no_thread_can_start(tmp_path, monkeypatch):
+    """One closes a large old version, of which nobody waits for the end."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(staging, "_LARGE", 0)
+    write_pattern(tmp_path / "file", MEBIBYTE)
+    replica = LocalReplica(str(tmp_path / "file"))
+    replica.file_id, old = replica.info()[0].file_id, replica.info()[0]
+    staged = replica.stage("abc")
+    monkeypatch.setattr(staging.threading.Thread, "start", refuse)
+    assert replica.commit(staged.info.file_id, old.ctime_ns, "abc").file_id == staged.info.file_id
+
+
+def test_run_waits_for_writers_before_it_replaces(tmp_path, monkeypatch):
+    """A write under a claim that has begun ends first, and shows in the time of the old version."""
+    write_pattern(tmp_path / "file", MEBIBYTE)
+    replica = LocalReplica(str(tmp_path / "file"))
+    old = replica.info()[0]
+    replica.file_id = old.file_id
+    staged = replica.stage("abc")
+    monkeypatch.setattr("pdiffcopy.files.claims.LOCK_TIMEOUT", 0.1)
+    with LocalFile(str(tmp_path / "file"), write=True) as other, other.claims.writing(""):
+        with pytest.raises(TakenOverError, match="others keep writing"):
+            replica.commit(staged.info.file_id, old.ctime_ns, "abc")
+    assert replica.commit(staged.info.file_id, replica.info()[0].ctime_ns, "abc").file_id == staged.info.file_id
 
 
 @pytest.mark.parametrize("trap", ["symbolic link", "hard link", "file of another user"])

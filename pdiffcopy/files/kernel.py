@@ -7,6 +7,8 @@ import errno
 import fcntl
 import mmap
 import os
+import struct
+import sys
 from contextlib import suppress
 
 OVERLAY = 0x794C7630
@@ -52,6 +54,11 @@ _ZERO_RANGE = 0x1 | 0x10
 """``FALLOC_FL_KEEP_SIZE | _ZERO_RANGE`` (linux/falloc.h)."""
 _FICLONE = 0x40049409
 """``FICLONE`` (linux/fs.h)."""
+_FS_IOC_GETFLAGS = 0x80006601 | struct.calcsize("l") << 16
+_FS_APPEND_FL = 0x20
+"""Attributes of files (linux/fs.h)."""
+_NO_LINKS = frozenset([errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+"""How file systems refuse hard links that don't have them (link(2))."""
 _RENAME_NOREPLACE = 0x1
 """linux/fs.h."""
 _OUT_OF_ROOM = frozenset([errno.ENOSPC, errno.EDQUOT])
@@ -159,8 +166,27 @@ def rename(folder: int, old: str, new: str, replace: bool) -> None:
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOSYS):
             raise
-        os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # which never replaces anything
-        os.unlink(old, dir_fd=folder)
+        try:
+            os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # which never replaces anything
+            os.unlink(old, dir_fd=folder)
+        except OSError as e:
+            if e.errno not in _NO_LINKS:
+                raise
+            # There are neither (FAT in user space): somebody has a moment to create a file that is replaced then.
+            with suppress(FileNotFoundError):
+                os.stat(new, dir_fd=folder, follow_symlinks=False)
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def is_append_only(fd: int) -> bool:
+    """Whether a file can only be appended to, as far as its file system tells (ioctl_iflags(2))."""
+    flags = bytearray(struct.calcsize("l"))
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+    except OSError:  # it has no such flags
+        return False
+    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_APPEND_FL)
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> bool:

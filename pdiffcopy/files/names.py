@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pdiffcopy.blocks import DEFAULT_MODE, FOLDER_MODE
@@ -19,6 +19,7 @@ from pdiffcopy.exceptions import FileForbiddenError, FileMissingError, UsageErro
 from pdiffcopy.files.kernel import PSEUDO, get_file_system
 from pdiffcopy.files.room import get_room
 
+DANGLING = "Can't create {filename}: it is a link that leads to nothing, remove it"
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -125,10 +126,15 @@ def create_file(filename: str, namespace: Namespace, mode: int = DEFAULT_MODE) -
     """
     with translating("create", filename):
         make_place(filename, namespace)
-        with suppress(FileExistsError):
+        try:
             # The run that creates it is going to write to it, whether the source may be written to or not.
             mode |= stat.S_IRUSR | stat.S_IWUSR
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+        except FileExistsError:
+            try:
+                os.close(namespace.open(filename, os.O_PATH | os.O_CLOEXEC))
+            except FileNotFoundError:
+                raise FileMissingError(DANGLING, filename=filename) from None
 
 
 def create_folder(filename: str, namespace: Namespace, mode: int = FOLDER_MODE) -> None:
@@ -167,12 +173,9 @@ def opened_nearest(filename: str, namespace: Namespace) -> Iterator[tuple[int, s
 
 def find_room(filename: str, namespace: Namespace) -> int | None:
     """How many bytes are left where a file is, or would be created, see :func:`.get_room`."""
-    with ExitStack() as stack:
-        try:
-            fd, _ = stack.enter_context(opened_nearest(filename, namespace))
-        except OSError:  # whoever opens the file will tell
-            return None
+    with suppress(OSError), opened_nearest(filename, namespace) as (fd, _):
         return get_room(fd)
+    return None  # whoever opens the file will tell
 
 
 def _check_place(filename: str, namespace: Namespace) -> None:

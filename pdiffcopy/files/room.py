@@ -24,7 +24,10 @@ def get_room(fd: int) -> int | None:
     :param fd: Something in it.
     :returns: The number, or :data:`None` where it doesn't tell what fits.
     """
-    status = os.fstatvfs(fd)
+    try:
+        status = os.fstatvfs(fd)
+    except OSError:  # whoever uses the file will tell
+        return None
     if not status.f_blocks or kernel.get_file_system(fd) in _COMPRESSING:
         return None
     return status.f_frsize * (status.f_bavail if os.geteuid() else status.f_bfree)

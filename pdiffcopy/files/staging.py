@@ -26,14 +26,22 @@ from typing import Any
 
 from pdiffcopy.blocks import MAX_MODE, Extent, cut
 from pdiffcopy.digests import compute_digest
-from pdiffcopy.exceptions import AbsentError, DiskFullError, FileError, FileForbiddenError, ReplacedError, translating
+from pdiffcopy.exceptions import (
+    AbsentError,
+    DiskFullError,
+    FileError,
+    FileForbiddenError,
+    FileMissingError,
+    ReplacedError,
+    translating,
+)
 from pdiffcopy.files import kernel
 from pdiffcopy.files.attributes import read_attributes, set_attributes
 from pdiffcopy.files.buffers import CHUNK_SIZE
 from pdiffcopy.files.identity import get_settling_time, identify
 from pdiffcopy.files.localfile import LocalFile
 from pdiffcopy.files.metadata import OWNER_ONLY, limit
-from pdiffcopy.files.names import Folder, Namespace, make_place
+from pdiffcopy.files.names import DANGLING, Folder, Namespace, make_place
 from pdiffcopy.files.room import get_room
 
 _SUFFIX = ".pdiffcopy"
@@ -100,6 +108,8 @@ class NewVersion:
             if self.base in ("", ".", ".."):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if begins:
+                if self.old != filename:
+                    raise FileMissingError(DANGLING, filename=filename)
                 make_place(self.old, namespace)
             self.folder = Folder(folder or "/", namespace)
 
@@ -123,6 +133,8 @@ class NewVersion:
                 reason = "it is a block device"
             elif _find_mount(old.fd) != _find_mount(self.folder.fd):
                 reason = "it is mounted there, and only itself can be written to"
+            elif kernel.is_append_only(old.fd):
+                reason = "it can only be appended to (chattr -a ends that)"
             # Its owner could make it writable.
             elif not is_writable and (status.st_uid != os.geteuid() or status.st_mode & stat.S_IWUSR):
                 reason = "it may not be written to"
@@ -254,7 +266,11 @@ class NewVersion:
                 return
             raise
         with new, self._holding_old(old_id, old_ctime_ns), new.claims.ending(run), translating("replace", self.old):
-            kernel.rename(self.folder.fd, self.name, self.base, replace=bool(old_id))
+            try:
+                kernel.rename(self.folder.fd, self.name, self.base, replace=bool(old_id))
+            except FileExistsError:
+                text = "{filename} was created by somebody else while its new version was made: run again"
+                raise ReplacedError(text, filename=self.old) from None
 
     def _is_done(self, new_id: str) -> bool:
         with suppress(FileError, ReplacedError), LocalFile(self.old, namespace=self.folder, file_id=new_id):
@@ -267,7 +283,8 @@ class NewVersion:
         if not old_id:
             yield
             return
-        old = self.open_old(old_id)
+        old: LocalFile | None = self.open_old(old_id)
+        assert old
         try:
             with old.claims.alone():
                 if os.fstat(old.fd).st_ctime_ns != ctime_ns:
@@ -276,9 +293,11 @@ class NewVersion:
                 yield
         finally:
             # Nobody has to wait until what is gone by now has left the page cache.
-            if old.size() > _LARGE:
-                threading.Thread(target=old.close).start()
-            else:
+            with suppress(RuntimeError):  # there may be no more threads
+                if old.size() > _LARGE:
+                    threading.Thread(target=old.close).start()
+                    old = None
+            if old:
                 old.close()
 
 
@@ -289,7 +308,7 @@ def _find_mount(fd: int) -> str:
 
 
 def _is_ours(status: os.stat_result, owners: set[int]) -> bool:
-    """Whether what lies in its place can only be from us, and can be gone on with."""
+    """Whether what lies in its place can only be from us, and can be continued."""
     is_usable = stat.S_ISREG(status.st_mode) and status.st_mode & OWNER_ONLY == OWNER_ONLY
     return is_usable and status.st_nlink == 1 and status.st_uid in owners
 
@@ -303,7 +322,7 @@ def _copy(old: LocalFile, new: LocalFile, run: str) -> None:
     for part in cut(old.extents(start, stop), _STEP):
         if new.is_awaited and not new.is_awaited():
             raise AbsentError("Nobody waits for {filename} any more", filename=new.filename)
-        with new.changing([part]) as change, old.reading([part]):
+        with new.changing([part], run) as change, old.reading([part]):
             with new.claims.writing(run), translating("copy", old.filename):
                 _copy_part(old, new, part)
             change.note(part.size)
