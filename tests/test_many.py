@@ -123,9 +123,9 @@ def test_what_can_not_be_is_refused_before_anything_is_touched(tmp_path, place, 
     elif fault == "folder":
         names, expected = [sources / "c"], "add -r"
     elif fault == "several folders":
-        names, expected = [sources / "a", sources / "c"], "by itself, with -r"
+        names, expected = [sources / "a", sources / "c"], "in a run of its own, with -r"
     elif fault == "folder with a slash":
-        names, expected = [sources / "a", f"{sources}/c/"], "by itself, with -r"
+        names, expected = [sources / "a", f"{sources}/c/"], "in a run of its own, with -r"
     elif fault == "target is a file":
         target, expected = target / "file", "is no folder"
         target.write_bytes(b"precious")
@@ -149,7 +149,7 @@ def test_several_sources_with_an_option_for_folders(tmp_path, place, option):
     assert ((tmp_path / "files/b").stat().st_mtime_ns == 5) is (option == "-a")
     result = run_pdiffcopy(option, *place(sources / "c", sources / "d", tmp_path / "folders"))
     (line,) = error_lines(result)
-    assert result.returncode == 1 and "by itself, with -r" in line
+    assert result.returncode == 1 and "in a run of its own, with -r" in line
     assert not (tmp_path / "folders").exists()
 
 
@@ -163,6 +163,18 @@ def test_rules_without_a_folder_are_refused(tmp_path, options):
         (line,) = error_lines(result)
         assert result.returncode == 1 and "--exclude choose among the files of a folder" in line
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_link_to_another_target_is_refused_with_new_versions_too(tmp_path, place, name):
+    """It goes on leading to that one, which would become equal to two sources, one after the other."""
+    source, target = make_tree(tmp_path / "source", a=1, b=2), make_tree(tmp_path / "target", **{name: 1})
+    (target / "ab".replace(name, "")).symlink_to(name)
+    before = read_tree(tmp_path)
+    result = run_pdiffcopy("--atomic", *place(source / "a", source / "b", target))
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "are one in" in line
+    assert read_tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["hard link", "symbolic link"])
@@ -557,13 +569,25 @@ def test_user_learns_that_a_folder_was_excluded_alone(tmp_path, place, tree, rul
     assert (tmp_path / "target/db").exists() is not excluded
 
 
-@pytest.mark.parametrize("rule", ["--exclude=db/", "--exclude=/db", "--include=/db/*"])
+@pytest.mark.parametrize(
+    "rule", ["--exclude=db/", "--exclude=/db", "--include=/db/*", "--exclude=./db", "--exclude=a//b"]
+)
 def test_rule_that_fits_nothing_is_refused(tmp_path, place, tree, rule):
     """What should have stayed where it was would be copied."""
     result = run_pdiffcopy("-r", rule, *place(tree, tmp_path / "target"))
     (line,) = error_lines(result)
     assert result.returncode == 1 and f"{rule} fits no name below the folder" in line
     assert not (tmp_path / "target").exists()
+
+
+def test_user_learns_which_rules_have_decided_nothing(tmp_path, place, tree):
+    """A typing error would have files copied that were to stay out."""
+    rules = ["--exclude=nothing", "--include=db*", "--exclude=db/*"]
+    result = run_pdiffcopy("-n", "-r", *rules, *place(tree, tmp_path / "target"))
+    lines = [line for line in result.stderr.splitlines() if "fits nothing" in line]
+    assert [rule in line for rule, line in zip(("--exclude=nothing", "--exclude=db/*"), lines, strict=True)] == [
+        True
+    ] * 2
 
 
 @pytest.mark.parametrize("rules", [("--include=*.img", "--exclude=*"), ("--exclude=secret", "--exclude=secret/sub")])

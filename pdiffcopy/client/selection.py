@@ -25,7 +25,7 @@ from pdiffcopy.replica import Replica
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = "{label} is a folder, and there are several sources: bring it into line by itself, with -r"
+_FOLDER = "{label} is a folder, and there are several sources: bring it into line in a run of its own, with -r"
 
 
 class Chosen(NamedTuple):
@@ -165,6 +165,8 @@ def select_files(sources: Sequence[Address], target: Address, servers: Servers, 
     found = {name: _look(servers.open(source), _FOLDER) for name, source in selection.sources.items()}
     # Elsewhere no name leads to a source, and where no file has several names, they're all different.
     folder = there.pop("", Entry("", Kind.MISSING))
+    # Of two names of one file each gets a new file, but a link goes on leading to the other one.
+    selection.replaces &= all(entry.kind is Kind.FILE for entry in there.values())
     is_one_machine = any(share_machine(info.file_id, folder.file_id) for info in found.values())
     may_coincide = is_one_machine or any(entry.kind is not Kind.FILE or entry.file_id for entry in there.values())
     for name, info in found.items():

@@ -46,10 +46,8 @@ def select_tree(
              file on one side only, and for what would be read as one thing and written to as another.
     """
     for rule in rules:
-        if rule.glob.startswith("/") or rule.glob.endswith("/"):
-            text = (
-                "{rule} fits no name below the folder: they don't begin or end with a slash ('a/*' is all that's in a)"
-            )
+        if {"", ".", ".."} & set(rule.glob.split("/")):
+            text = "{rule} fits no name below the folder: those look like a or a/b ('a/*' is all that's in a)"
             raise UsageError(text, rule=rule)
     selection = Selection([source], target, True, replaces)
     source_replica, target_replica = servers.open(selection.root), servers.open(selection.target)
@@ -63,6 +61,8 @@ def select_tree(
     if other_root.kind is Kind.MISSING:
         chooser.check_new(selection.target)
     selection.check()
+    for rule in chooser.idle:
+        logger.info("%s fits nothing (else) in %s", rule, source_replica.label)
     return selection
 
 
@@ -91,6 +91,8 @@ class _Chooser:
 
     def __init__(self, rules: Sequence[Rule], selection: Selection):
         self.rules, self.selection = rules, selection
+        self.idle = list(rules)
+        """The rules that haven't decided anything yet."""
         self.pending: list[tuple[Entry, Entry]] = []
         """The excluded folders in which the current entry lies: they are needed if anything in them is chosen."""
         self.has_warned = False
@@ -125,7 +127,10 @@ class _Chooser:
         self.pending.clear()
 
     def _find_rule(self, name: str) -> Rule | None:
-        return next((rule for rule in self.rules if fnmatchcase(name, rule.glob)), None)
+        found = next((rule for rule in self.rules if fnmatchcase(name, rule.glob)), None)
+        if found in self.idle:
+            self.idle.remove(found)
+        return found
 
     def _is_included(self, name: str) -> bool:
         rule = self._find_rule(name)
