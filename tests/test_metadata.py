@@ -21,7 +21,7 @@ from pdiffcopy.files import metadata as metadata_module
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
 from pdiffcopy.wholes import MAX_WHOLE
-from tests.support import UNPRIVILEGED, error_lines, run_pdiffcopy, snapshot, write_pattern
+from tests.support import UNPRIVILEGED, error_lines, ext4, run_pdiffcopy, snapshot, write_pattern
 
 DIRECTIONS = ("local", "upload", "download")
 SECOND = 10**9
@@ -299,3 +299,17 @@ def test_read_only_servers_set_nothing(launch, tmp_path):
     assert replica.metadata().mtime_ns == path.stat().st_mtime_ns
     with pytest.raises(ForbiddenError):
         replica.set_metadata(Metadata(mode=0o600))
+
+
+@pytest.mark.parametrize("direction", ["local", "upload"])
+def test_time_that_a_file_system_does_not_have(server, tmp_path, direction):
+    """The kernel would take the nearest one, and say nothing. (ext4 with small inodes counts 31 bits of seconds.)"""
+    with ext4(tmp_path / "image", tmp_path / "disk", "-I", "128") as disk:
+        (tmp_path / "source").write_bytes(b"x")
+        for seconds, status in ((1_600_000_000.75, 0), (7_258_118_400, 1)):
+            os.utime(tmp_path / "source", (seconds, seconds))
+            target = server.location(disk / "target") if direction == "upload" else disk / "target"
+            result = run_pdiffcopy("-t", tmp_path / "source", target)
+            assert result.returncode == status
+            assert not status or "has no such time, leave out -t" in error_lines(result)[0]
+        assert (disk / "target").read_bytes() == b"x"

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from pdiffcopy.blocks import MAX_MODE, Metadata
 from pdiffcopy.exceptions import FileError, FileForbiddenError, translating
+from pdiffcopy.files.identity import LONG_TICK
 
 OWNER_ONLY = 0o600
 """The mode of what only its owner can open. Whoever writes to a file needs it."""
@@ -51,6 +52,12 @@ def write_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     if metadata.mtime_ns is not None:
         with translating("set the time of", filename):
             os.utime(fd, ns=(os.fstat(fd).st_atime_ns, metadata.mtime_ns))
+            found = os.fstat(fd).st_mtime_ns
+        if abs(found - metadata.mtime_ns) >= LONG_TICK:  # the kernel takes the nearest one, and says nothing
+            text = (
+                "Can't set the time of {filename}: its file system has no such time, leave out -t (-r -p -o -g for -a)"
+            )
+            raise FileError(text, filename=filename)
 
 
 def write_folder_metadata(fd: int, filename: str, metadata: Metadata) -> None:
