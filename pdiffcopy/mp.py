@@ -7,7 +7,7 @@ This module knows nothing of files and networks. What it promises:
    without a word (``kill -9``, out of memory) is a :exc:`.WorkerError`.
 2. The first failure wins: it ends the iteration over a :class:`WorkerPool` at once.
 3. Leaving the ``with`` block of a pool leaves no process behind, and neither does the death of the parent.
-4. Nothing is polled: the parent sleeps until a result or the end of a process wakes it.
+4. Nothing waits for a poll: results and the ends of processes wake the parent at once.
 5. In the ``with`` block of a pool all of its processes run: what can be missing for that (descriptors, places for
    processes and threads, shared memory) was missed before, and is a :exc:`.WorkerError`.
 6. A child ignores Control-C and SIGHUP (its parent decides what they mean) and dies of SIGTERM without further ado.
@@ -32,7 +32,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
@@ -189,6 +188,7 @@ class _Results:
     def __init__(self, queue: Any, most: int):
         """:param most: How many of them may wait for the reader."""
         self.queue, self.room, self.has_stopped = queue, threading.Semaphore(most), False
+        self.error: BaseException | None = None
         # A tuple of one, or an empty one at the end.
         self.found: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
@@ -199,10 +199,16 @@ class _Results:
         self.thread.start()
 
     def take(self) -> tuple[Any, ...]:
-        """Take the next one, which is there when the bell rings: a tuple of it, or an empty one at the end."""
+        """
+        Take the next one, which is there when the bell rings: a tuple of it, or an empty one at the end.
+
+        :raises: What forbids to take it.
+        """
         if envelope := self.found.get():
             os.eventfd_read(self.bell)
             self.room.release()
+        elif self.error:
+            raise self.error
         return envelope
 
     def take_rest(self) -> Iterator[Any]:
@@ -224,11 +230,17 @@ class _Results:
         self.queue._writer.close()
 
     def _collect(self) -> None:
-        with suppress(EOFError, OSError):
+        try:
             while self.room.acquire() and not self.has_stopped:
                 self.found.put((self.queue.get(),))
                 os.eventfd_write(self.bell, 1)
+        except (EOFError, OSError):  # there's nobody left who could write any
+            pass
+        except BaseException as e:  # it can be pickled, but not unpickled
+            self.error = e
         self.found.put(())
+        if self.error:
+            os.eventfd_write(self.bell, 1)
 
 
 def generator_adapter(

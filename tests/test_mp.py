@@ -501,6 +501,24 @@ def test_unpicklable_result_reaches_the_caller():
         list(pool)
 
 
+class DemandingError(Exception):
+    """Can be pickled, but not unpickled."""
+
+    def __init__(self, number, reason):
+        super().__init__(f"{number}: {reason}")
+
+
+def return_demanding(value):
+    return DemandingError(value, "no")
+
+
+@pytest.mark.usefixtures("no_hang")
+def test_result_that_cant_be_restored_reaches_the_caller():
+    """Nobody waits for it."""
+    with make_pool(partial(range, 3), return_demanding) as pool, pytest.raises(TypeError, match="reason"):
+        list(pool)
+
+
 def test_unpicklable_item_reaches_the_caller():
     """An item that can't be passed on isn't lost in silence."""
     with make_pool(yield_lambda, square) as pool, pytest.raises(Exception, match="lambda"):

@@ -38,7 +38,7 @@ class Patience:
         if self.failures > self.retries:
             raise error
         self.total += 1
-        delay = min(FIRST_DELAY * 2 ** (self.failures - 1), LONGEST_DELAY) * random.uniform(0.5, 1.5)
+        delay = min(FIRST_DELAY * 2 ** min(self.failures - 1, 10), LONGEST_DELAY) * random.uniform(0.5, 1.5)
         logger.warning("%s (attempt %i, trying again in %.1f seconds)", error, self.failures, delay)
         time.sleep(delay)
 

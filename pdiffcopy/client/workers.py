@@ -182,19 +182,19 @@ class _Comparisons:
     def _take_orders(self) -> None:
         # It never waits for workers: they may wait for the client, which waits until its orders are taken.
         try:
-            while order := self.orders.recv():
+            while True:
+                order = self.orders.recv()
                 if isinstance(order, int):
                     self.failed.add(order)
-                    continue
-                number, plan = order
-                if isinstance(plan, list):
-                    self.groups.put((number, plan, 1))
+                elif order is None:  # of those that are being compared, one may still fail
+                    self.groups.put(None)
+                    for _ in range(COMPARED_AT_A_TIME):
+                        self.plans.put(None)
+                elif isinstance(order[1], list):
+                    self.groups.put((order[0], order[1], 1))
                 else:
-                    self.unfinished.add(number)
+                    self.unfinished.add(order[0])
                     self.plans.put(order)
-            self.groups.put(None)
-            for _ in range(COMPARED_AT_A_TIME):
-                self.plans.put(None)
         except BaseException as e:
             self.work.put(e)
 

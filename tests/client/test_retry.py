@@ -82,6 +82,14 @@ def test_delays_grow_up_to_a_limit(delays):
     assert len(set(delays[10:])) > 1  # clients don't come back in step
 
 
+def test_patience_may_be_endless(delays):
+    """However often something fails, the next delay can be computed."""
+    patience = Patience(5000)
+    for _ in range(2000):
+        patience.failed(TransientError("again"))
+    assert delays[-1] <= LONGEST_DELAY * 1.5
+
+
 def test_other_errors_are_not_repeated(delays):
     """What won't go away by waiting is raised at once."""
     with pytest.raises(ProtocolError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from multiprocessing import Pipe
 
 import pytest
 
 from pdiffcopy.client import Client
+from pdiffcopy.client.workers import _Comparisons
 from pdiffcopy.exceptions import WorkerError
 from tests.support import write_pattern
 
@@ -47,3 +49,21 @@ def test_several_batches_take_processes_which_are_missed_at_once(lonely, tmp_pat
     with pytest.raises(WorkerError, match="ulimit -u"):
         client.run()
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.usefixtures("no_hang")
+def test_file_that_fails_is_not_compared_any_more():
+    """Even when all others have begun by then, so that no more orders come."""
+    receiver, sender = Pipe(duplex=False)
+
+    def find(plan, servers, is_awaited):
+        while True:
+            yield "batch"
+
+    work = iter(_Comparisons(find, None, receiver, is_alone=False, is_idle=lambda: True))
+    sender.send((1, "plan"))
+    sender.send(None)
+    assert next(work) == (1, "plan", "batch")
+    sender.send(1)
+    *batches, last = work
+    assert last == (1, "plan", len(batches) + 1)
