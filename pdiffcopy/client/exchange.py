@@ -56,6 +56,8 @@ def make_foreign_error(url: str) -> TransientError:
 
 OR_OTHER = " (or it isn't pdiffcopy that answers there)"
 """What else may be the case where a server says no more than any server does."""
+OR_PROXY = " (that's what something in between says, and not pdiffcopy)"
+"""What is the case where a server that signs its answers hasn't signed one."""
 
 
 def fail(url: str, request: Request, status: int, detail: str, is_ours: bool = True, hint: str = "") -> NoReturn:

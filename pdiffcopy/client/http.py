@@ -7,6 +7,7 @@ answer is passed on that belongs to another request.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -21,15 +22,17 @@ import urllib3
 from pdiffcopy.address import Address
 from pdiffcopy.answers import MAX_DETAIL, PeerInfo, decode_problem, sign_answer
 from pdiffcopy.client.connections import open_session
-from pdiffcopy.client.exchange import OR_OTHER, fail, make_foreign_error
+from pdiffcopy.client.exchange import OR_OTHER, OR_PROXY, fail, make_foreign_error
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.digests import compute_digest
 from pdiffcopy.exceptions import (
+    REMEDIES,
     ProgramError,
     ProtocolError,
     RemoteError,
     ReportedError,
+    RequestError,
     TransientError,
 )
 from pdiffcopy.features import FEATURE_ANSWER
@@ -44,6 +47,7 @@ from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
+_LIMITS = (errno.EMFILE, errno.ENFILE)
 _NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"])
 """What OpenSSL calls an answer that isn't TLS."""
 _OTHER_NAMES = frozenset([62, 64])
@@ -147,7 +151,8 @@ class HttpServer:
                 self.has_answered |= is_ours
                 if answer.status not in expect or (answer.status >= 400 and not is_ours):
                     is_known = answer.is_signed or (self.peer is not None and self.peer.features)
-                    fail(url, request, answer.status, answer.describe_refusal(), is_ours, "" if is_known else OR_OTHER)
+                    hint = OR_OTHER if not is_known else "" if is_ours else OR_PROXY
+                    fail(url, request, answer.status, answer.describe_refusal(), is_ours, hint)
                 yield answer
         except ReportedError as e:
             fail(url, request, e.status, str(e))
@@ -181,6 +186,8 @@ class HttpServer:
             is_other = doubts[0].verify_code in _OTHER_NAMES
             remedy = "call it by that of its certificate" if is_other else "--ca-file names an authority to trust"
             kind, reason = RemoteError, f"{doubts[0].verify_message} ({remedy})"
+        elif limits := [cause for cause in causes if isinstance(cause, OSError) and cause.errno in _LIMITS]:
+            kind, reason = RemoteError, f"{reason}: {REMEDIES[limits[0].errno or 0]}"
         elif any(type(cause) is BadStatusLine for cause in causes) and not self._is_known:
             reason = f"the server doesn't speak http ({str(causes[-1]).strip()[:60]!r})"
         elif self.address.scheme == "https" and any(getattr(c, "reason", "") in _NO_TLS for c in causes):
@@ -235,7 +242,10 @@ class HttpAnswer:
 
     def get_digest(self) -> str:
         """See :meth:`.Answer.get_digest`."""
-        return check_digest(self.get_header(DIGEST_HEADER))
+        try:
+            return check_digest(self.get_header(DIGEST_HEADER))
+        except RequestError as e:
+            raise ProtocolError("{url}: {reason}", url=self.url, reason=e) from e
 
     @property
     def length(self) -> int:

@@ -13,20 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import quote_plus
 
-from pdiffcopy.answers import (
-    CLAIMED,
-    CLEARED,
-    VERIFIED,
-    PeerInfo,
-    decode_flag,
-    decode_holes,
-    decode_info,
-    decode_metadata,
-    decode_staged,
-)
+from pdiffcopy import answers
+from pdiffcopy.answers import PeerInfo
 from pdiffcopy.blocks import (
     DEFAULT_MODE,
     FOLDER_MODE,
@@ -68,6 +60,7 @@ from pdiffcopy.request import R, Request
 from pdiffcopy.streams import DONE, decode_report, parse_checked, parse_entry, parse_hash, parse_hashes
 from pdiffcopy.words import MAX_LINE
 
+T = TypeVar("T")
 OTHER_WORDS = 512
 """How many characters of the first line the words of a request take at most that are neither names nor extents."""
 
@@ -100,8 +93,8 @@ class RemoteReplica(Replica):
 
         def ask() -> tuple[FileInfo, PeerInfo]:
             request = InfoRequest(filename=self.filename, within=self.within, run=run, drop=self.drop)
-            with self.server.exchange(request, expect=(200, 404)) as answer:
-                info, peer = decode_info(answer.read_document(), exists=answer.status == 200)
+            with self._naming(), self.server.exchange(request, expect=(200, 404)) as answer:
+                info, peer = answers.decode_info(answer.read_document(), exists=answer.status == 200)
                 if FEATURE_ANSWER in peer.features and not answer.is_signed:
                     raise make_foreign_error(self.label)
                 return info, peer
@@ -113,8 +106,6 @@ class RemoteReplica(Replica):
             if getattr(e, "status", 0) in (0, 400) and (better := self.server.find_remedy(self.filename)):
                 raise better from e
             raise
-        except ProtocolError as e:
-            raise ProtocolError("{url}: {reason}", url=self.label, reason=e) from e
         self._size = info.size
         return info, self.server.peer
 
@@ -131,10 +122,8 @@ class RemoteReplica(Replica):
     def entries(self, depth: int) -> Generator[Entry, None, None]:
         """See :meth:`.Replica.entries`."""
         request = self._make(ListRequest, depth=depth)
-        try:
+        with self._naming():
             yield from check_entries(self._tell_entries(request), depth)
-        except ProtocolError as e:
-            raise ProtocolError("{url}: {reason}", url=self.label, reason=e) from e
 
     def _tell_entries(self, request: ListRequest) -> Iterator[Entry]:
         """Yield what the server says. A list that breaks off begins again, and goes on behind what was told."""
@@ -162,21 +151,20 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.hashes`."""
         end = self._get_size() if stop is None else stop
         patience, position = self.server.get_patience(), start
-        request = self._make(
-            HashesRequest, block_size=block_size, method=method, concurrency=concurrency, flush=self.flush,
-            drop=self.drop,
-        )  # fmt: skip
+        words = {"concurrency": concurrency, "flush": self.flush, "drop": self.drop}
+        request = self._make(HashesRequest, block_size=block_size, method=method, **words)
         if grain:
             request = request.changed(grain=grain, checks=True)
         while position < end:
             try:
-                lines = self._hash_lines(request, position, end)
-                for item in in_order(lines, position, end, block_size):
-                    yield [item]
-                    position = get_end(item, block_size)
-                    patience.succeeded()
-                if self._resumes or self._get_size() <= end:  # otherwise there is more to come
-                    next(lines, None)  # how it ended: a connection of which nothing is left can be used again
+                with self._naming():
+                    lines = self._hash_lines(request, position, end)
+                    for item in in_order(lines, position, end, block_size):
+                        yield [item]
+                        position = get_end(item, block_size)
+                        patience.succeeded()
+                    if self._resumes or self._get_size() <= end:  # otherwise there is more to come
+                        next(lines, None)  # how it ended: a connection of which nothing is left can be used again
             except TransientError as e:
                 patience.failed(e)
 
@@ -204,7 +192,7 @@ class RemoteReplica(Replica):
         """See :meth:`.Replica.holes`."""
         while start < stop:
             request = self._make(HolesRequest, offset=start, stop=stop, grain=grain)
-            holes, start = decode_holes(self._ask(request), start, stop)
+            holes, start = self._ask(request, partial(answers.decode_holes, start=start, stop=stop))
             yield from holes
 
     def pieces(self, extents: Sequence[Extent], size: int, method: str) -> list[str]:
@@ -214,7 +202,7 @@ class RemoteReplica(Replica):
             part = tuple(extents[start : start + most])
             words = {"size": size, "method": method, "flush": self.flush, "drop": self.drop}
             request = self._make(PiecesRequest, extents=part, **words)
-            document = self._ask(request)
+            document = self._ask(request, bytes)
             length, rest = divmod(len(document), sum(count_blocks(extent.size, size) for extent in part))
             if rest or not length:
                 raise ProtocolError("{url}: the server's digests don't fit what was asked for", url=self.label)
@@ -257,67 +245,69 @@ class RemoteReplica(Replica):
         body = Reading(reading.chunks, size=total_size(extents))
         with self._exchange(request, body) as answer:
             document = answer.read_document()
-        if reading.digest and not decode_flag(document, VERIFIED):
-            raise ProtocolError("{url}: the server didn't verify what it wrote", url=self.label)
+            if reading.digest and not answers.decode_flag(document, answers.VERIFIED):
+                raise ProtocolError("{url}: the server didn't verify what it wrote", url=self.label)
 
     def clear(self, extents: Sequence[Extent], run: str = "", keep: bool = False) -> bool:
         """See :meth:`.Replica.clear`."""
         for part in split(extents, self.url_room):
             request = self._make(ClearRequest, packed=part, keep=keep, run=run, drop=self.drop)
-            if not decode_flag(self._ask(request), CLEARED):
+            if not self._ask(request, partial(answers.decode_flag, name=answers.CLEARED)):
                 return False
         return True
 
     def resize(self, size: int, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.resize`."""
         in_advance = in_advance and FEATURE_SPARSE in self._features
-        self._ask(self._make(ResizeRequest, size=size, in_advance=in_advance, run=run))
+        self._ask(self._make(ResizeRequest, size=size, in_advance=in_advance, run=run), bytes)
 
     def claim(self, run: str, create: bool = False, mode: int = DEFAULT_MODE) -> tuple[bool, FileInfo]:
         """See :meth:`.Replica.claim`."""
         if FEATURE_CLAIM not in self._features:
             return False, self.info()[0]
         request = self._make(ClaimRequest, run=run, create=create, mode=mode if create else DEFAULT_MODE)
-        document = self._ask(request)
-        return decode_flag(document, CLAIMED), decode_info(document, exists=True)[0]
+        with self._naming():
+            document = self._ask(request, bytes)
+            return answers.decode_flag(document, answers.CLAIMED), answers.decode_info(document, exists=True)[0]
 
     def release(self, run: str) -> FileInfo:
         """See :meth:`.Replica.release`."""
-        return decode_info(self._ask(self._make(ReleaseRequest, run=run)), exists=True)[0]
+        return self._ask(self._make(ReleaseRequest, run=run), partial(answers.decode_info, exists=True))[0]
 
     def metadata(self) -> Metadata:
         """See :meth:`.Replica.metadata`."""
-        return decode_metadata(self._ask(self._make(MetadataRequest, folder=self.is_folder)))
+        return self._ask(self._make(MetadataRequest, folder=self.is_folder), answers.decode_metadata)
 
     def set_metadata(self, metadata: Metadata, run: str = "", in_advance: bool = False) -> None:
         """See :meth:`.Replica.set_metadata`."""
         words = {"in_advance": in_advance, "run": run, "folder": self.is_folder}
-        self._ask(self._make(SetMetadataRequest.of, metadata, **words))
+        self._ask(self._make(SetMetadataRequest.of, metadata, **words), bytes)
 
     def make_folder(self, mode: int = FOLDER_MODE) -> None:
         """See :meth:`.Replica.make_folder`."""
-        self._ask(self._make(MakeFolderRequest, mode=mode))
+        self._ask(self._make(MakeFolderRequest, mode=mode), bytes)
 
     def stage(self, run: str, mode: int = DEFAULT_MODE, takes: int = 0) -> Staged:
         """See :meth:`.Replica.stage`."""
         # It isn't repeated: what the server still does for the first request would get in the way of the second.
         request = self._make(StageRequest, run=run, mode=mode, takes=takes, drop=self.drop)
-        return Staged(*decode_staged(self._await(request)))
+        with self._naming():
+            return Staged(*answers.decode_staged(self._await(request)))
 
     def commit(self, new_id: str, ctime_ns: int, run: str = "") -> FileInfo:
         """See :meth:`.Replica.commit`."""
-        document = self._ask(self._make(CommitRequest, new_id=new_id, ctime_ns=ctime_ns, run=run))
-        return decode_info(document, exists=True)[0]
+        request = self._make(CommitRequest, new_id=new_id, ctime_ns=ctime_ns, run=run)
+        return self._ask(request, partial(answers.decode_info, exists=True))[0]
 
     def _make(self, make: Callable[..., R], *arguments: Any, **words: Any) -> R:
         """Make a request about this file."""
         about = {"filename": self.filename, "file_id": self.file_id, "within": self.within}
         return make(*arguments, **about, **words)
 
-    def _ask(self, request: Request) -> bytes:
-        def ask() -> bytes:
+    def _ask(self, request: Request, decode: Callable[[bytes], T]) -> T:
+        def ask() -> T:
             with self._exchange(request) as answer:
-                return answer.read_document()
+                return decode(answer.read_document())
 
         return self.server.get_patience().persist(ask)
 
@@ -341,8 +331,18 @@ class RemoteReplica(Replica):
         return lines[-1] if lines else b""
 
     @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Say of which server an answer is that makes no sense."""
+        try:
+            yield
+        except (ProtocolError, TransientError) as e:
+            if hasattr(e, "url"):
+                raise
+            raise type(e)("{url}: {reason}", url=self.label, reason=e) from e
+
+    @contextmanager
     def _exchange(self, request: Request, body: Reading | None = None) -> Iterator[Answer]:
-        with ExitStack() as stack:
+        with self._naming(), ExitStack() as stack:
             try:
                 answer = stack.enter_context(self.server.exchange(request, body))
             except ReplacedError as e:

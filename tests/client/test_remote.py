@@ -42,6 +42,7 @@ from pdiffcopy.streams import parse_checked, parse_hash
 from tests.support import find_free_port
 
 FILE = "/the file"
+FILE_URL = r"http://127\.0\.0\.1:[0-9]+/the%20file"
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +330,7 @@ def test_bytes_that_end_early_are_transient():
 def test_malformed_digest_is_refused():
     """What the header carries has to be a digest."""
     with canned(answer(body=b"0123456789", Pdiffcopy_Digest="nonsense")) as (replica, _):
-        with pytest.raises(ProgramError, match="hexadecimal"):
+        with pytest.raises(ProtocolError, match=f"{FILE_URL}: .*hexadecimal"):
             read(replica, Extent(0, 10), state_digest=True)
 
 
@@ -342,7 +343,7 @@ def test_impossible_hashes_are_refused(lines):
     """Missing, repeated, cut, misplaced, of different lengths, malformed: none of it is believed."""
     for features, body in ([], lines), (["resume"], lines), (["resume"], check(lines)):
         with canned(describe(features=features), answer(body=body)) as (replica, _):
-            with pytest.raises((ProtocolError, TransientError)):
+            with pytest.raises((ProtocolError, TransientError), match=FILE_URL):
                 digests_of(replica.hashes(5, "md5", 1, stop=10))
     assert list(parse_checked([check(b"0\taa\n", b"5\tbb\n")], parse_hash)) == [(0, "aa"), (5, "bb")]
 
@@ -384,11 +385,41 @@ def test_answer_to_another_request_is_not_believed():
         assert len(requests) == 2
 
 
+@pytest.mark.parametrize("status", [200, 409])
+def test_answer_without_a_signature(status):
+    """Whoever has signed answers signs all of them. (Only an error may be from something in between.)"""
+    with canned(answer(status, b'{"verified": true}')) as (replica, _):
+        replica.server.peer = PeerInfo(features=FEATURES)
+        with pytest.raises(TransientError if status == 200 else RemoteError) as info:
+            replica.write([Extent(0, 1)], Reading([b"x"], "0" * 32))
+        assert ("isn't that to the request" in str(info.value)) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda replica: replica.claim("aa"),
+        lambda replica: replica.release("aa"),
+        lambda replica: replica.metadata(),
+        lambda replica: list(replica.holes(0, 5, 1)),
+        lambda replica: replica.commit("1:1", 5, "aa"),
+        lambda replica: replica.write([Extent(0, 1)], Reading([b"x"], "0" * 32)),
+    ],
+    ids=["claim", "release", "metadata", "holes", "commit", "write"],
+)
+def test_answers_without_a_sense_name_the_server(ask):
+    """Of several, it's the one to look at."""
+    with canned(answer(body=b"[]")) as (replica, _):
+        replica.server.peer = PeerInfo(features=FEATURES - {FEATURE_ANSWER})
+        with pytest.raises(ProtocolError, match=FILE_URL):
+            ask(replica)
+
+
 def test_error_of_a_proxy_says_nothing_of_the_file():
     """A server that signs its answers hasn't said that there is no such file."""
     with canned(answer(404, b"<h1>Not here</h1>")) as (replica, _):
         replica.server.peer = PeerInfo(features=FEATURES)
-        with pytest.raises(RemoteError) as info:
+        with pytest.raises(RemoteError, match="something in between says, and not pdiffcopy") as info:
             replica.pinned("1:1").info()
         assert type(info.value) is RemoteError
 
