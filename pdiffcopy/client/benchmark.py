@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from humanfriendly import format_size, format_timespan
 from humanfriendly.prompts import prompt_for_confirmation
 from humanfriendly.tables import format_pretty_table
+from humanfriendly.text import pluralize
 
 from pdiffcopy.blocks import Extent, block_length, count_blocks
 from pdiffcopy.client.location import Location
@@ -49,6 +50,7 @@ def run_benchmark(
     """
     Damage and repair a target several times, and print a table.
 
+    :param target: The file that is damaged (not a folder that it lies in).
     :param block_size: How large a part is damaged at a time, in bytes.
     :param count: How many times.
     :param run: Brings the target into line.
@@ -158,6 +160,6 @@ def _get_rsync_command(source: Location, target: Location) -> list[str]:
 def _ask_permission(target: Location, count: int) -> None:
     if os.environ.get(PERMISSION_VARIABLE) == "allowed":
         return
-    question = f"The benchmark damages {target.label} and repairs it, {count} times. Continue?"
+    question = f"The benchmark damages {target.label} and repairs it, {pluralize(count, 'time')}. Continue?"
     if not prompt_for_confirmation(question, default=False, padding=False):
         raise BenchmarkAbortedError("The benchmark was aborted: nothing was changed")

@@ -310,9 +310,15 @@ class Client(PropertyManager):
         return location
 
     def mutate_target(self, percentage: float) -> None:
-        """Invalidate a percentage of the data in the target file."""
+        """
+        Invalidate a percentage of the data in the target file.
+
+        :param percentage: A number from 0 to 100.
+        :raises: :exc:`.UsageError` when the client isn't allowed to make changes (see :attr:`dry_run`).
+        """
         from pdiffcopy.client.benchmark import mutate_target
 
+        self._refuse_dry_run()
         mutate_target(self.target.replica, self.block_size, percentage)
 
     def run_benchmark(self) -> list[Measurement]:
@@ -323,24 +329,11 @@ class Client(PropertyManager):
         """
         from pdiffcopy.client.benchmark import run_benchmark
 
-        return run_benchmark(self.source, self.target, self.block_size, self.benchmark, self.run)
+        self._refuse_dry_run()
+        with self._running() as (_, job):
+            target = Location(expression=str(find_place(job).target_address))
+        return run_benchmark(self.source, target, self.block_size, self.benchmark, self.run)
 
-
-def get_hashes_fn(location: Location, **options: Any) -> dict[int, str]:
-    """
-    Adapter for multiprocessing: get all hashes of a location at once.
-
-    :param options: See :meth:`.Location.get_hashes`.
-    :returns: A dictionary of offsets and hashes.
-    """
-    return dict(location.get_hashes(**options))
-
-
-def transfer_block_fn(offset: int, source: Location, target: Location, block_size: int) -> int:
-    """
-    Adapter for multiprocessing: transfer one block.
-
-    :returns: The offset, so that a caller knows which block is done.
-    """
-    target.write_block(offset, source.read_block(offset, block_size))
-    return offset
+    def _refuse_dry_run(self) -> None:
+        if self.dry_run:
+            raise UsageError("--benchmark damages its target: leave out --dry-run")

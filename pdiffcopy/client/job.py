@@ -9,6 +9,7 @@ Which steps does it take to bring one file into line?
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ from pdiffcopy.exceptions import (
 from pdiffcopy.features import FEATURE_MANY
 from pdiffcopy.replica import Replica
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -91,6 +93,8 @@ class Job:
             raise FileMissingError(text, label=source.replica.label)
         if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":
             raise UsageError("The source and the target are the same file: {label}", label=source.replica.label)
+        if not (writes or target.info.exists or target.peer.features):
+            logger.warning("The target %s doesn't exist%s", target.replica.label, OR_OTHER)
         self.planner = Planner(source, target, self.options, self.is_given)
         self.planner.check(writes)
         self.taking = self._choose_taking()
@@ -167,7 +171,7 @@ class Job:
         if flushes:
             self.replica.sync(run)
         if metadata != Metadata():
-            # After the flush that takes long: a new version that is somebody else's by then couldn't be gone on with.
+            # After the flush that takes long: a new version that is somebody else's by then couldn't be continued.
             self.replica.set_metadata(metadata.with_access(), run)
             if flushes:
                 self.replica.sync(run)

@@ -162,3 +162,23 @@ class Location(PropertyManager):
         :param size: The new file size in bytes (an integer).
         """
         self.replica.resize(size)
+
+
+def get_hashes_fn(location: Location, **options: Any) -> dict[int, str]:
+    """
+    Adapter for multiprocessing: get all hashes of a location at once.
+
+    :param options: See :meth:`.Location.get_hashes`.
+    :returns: A dictionary of offsets and hashes.
+    """
+    return dict(location.get_hashes(**options))
+
+
+def transfer_block_fn(offset: int, source: Location, target: Location, block_size: int) -> int:
+    """
+    Adapter for multiprocessing: transfer one block.
+
+    :returns: The offset, so that a caller knows which block is done.
+    """
+    target.write_block(offset, source.read_block(offset, block_size))
+    return offset

@@ -97,7 +97,7 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         """The report as a few sentences on one line."""
         result = self.result
-        verb = "differ" if self.dry_run else "differed"
+        verb = ("differs" if result.blocks_changed == 1 else "differ") if self.dry_run else "differed"
         text = f"{result.blocks_changed} of {pluralize(result.blocks_compared, 'block')} {verb}"
         if not self.plan.delta:
             text = (

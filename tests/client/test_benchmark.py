@@ -218,6 +218,26 @@ def test_benchmark_needs_a_local_target(files, server):
     assert snapshot(files[1]) == before
 
 
+def test_dry_run_damages_nothing(files):
+    """It couldn't repair that. The damage alone is refused as well."""
+    before = snapshot(files[1])
+    result = run_pdiffcopy("-n", "-B2", *files, env=ALLOWED)
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "leave out --dry-run" in line
+    with pytest.raises(UsageError, match="--dry-run"):
+        Client(source=files[0], target=files[1], dry_run=True).mutate_target(50)
+    assert snapshot(files[1]) == before
+
+
+def test_target_may_be_a_folder(files, tmp_path):
+    """What is damaged and repaired is the file in there."""
+    (tmp_path / "folder").mkdir()
+    result = run_pdiffcopy("-B1", "--json", "-b", str(BLOCK), files[0], tmp_path / "folder", env=ALLOWED)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["measurements"][0]["moved"] == SIZE
+    assert (tmp_path / "folder" / "source").read_bytes() == files[0].read_bytes()
+
+
 def test_interrupted_benchmark_says_that_the_damage_is_there(files, monkeypatch, caplog):
     """A failure in the middle is a failure, and a warning names the file."""
     monkeypatch.setenv(PERMISSION_VARIABLE, "allowed")
