@@ -60,6 +60,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)")
 _HALF_SCHEME = re.compile(r"https?:/", re.IGNORECASE)
 _BRACKETS = "{value} isn't valid: write an IPv6 address in brackets, like [::1]:8080"
 _HOST = re.compile(r"[A-Za-z0-9._-]+|(?P<v6>[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)(%[A-Za-z0-9._-]+)?")
+_BAD_CODE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 
@@ -114,6 +115,8 @@ def _parse_url(expression: str) -> Address:
         )
     if "@" in parts.netloc:
         raise LocationError("A URL can't carry a password or a user name: use --token-file")
+    if _BAD_CODE.search(parts.path):
+        raise LocationError("{value} isn't a valid URL: in a name, write %25 for %", value=expression)
     filename = _check_filename(os.fsdecode(unquote_to_bytes(os.fsencode(parts.path))), expression)
     port = DEFAULT_PORT if port is None else _check_port(port, expression)
     # The percent sign before the zone of an IPv6 address is encoded in a URL (RFC 6874), though not everybody does it.
@@ -131,6 +134,7 @@ def _check_filename(filename: str, expression: str) -> str:
 def _check_host(host: str, expression: str) -> str:
     match = _HOST.fullmatch(host)
     try:
+        host.encode("idna")  # as a lookup does it: no part may be empty or longer than 63 characters
         if match and (not match["v6"] or IPv6Address(match["v6"])):
             return host
     except ValueError:
@@ -162,7 +166,7 @@ def parse_listen(expression: str) -> tuple[str, int]:
     host, separator, port = expression.rpartition(":")
     if not separator or expression.endswith("]"):
         host, port = expression, str(DEFAULT_PORT)
-    elif ":" in host and not host.startswith("["):
+    elif ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise UsageError(_BRACKETS, value=expression)
     if host or not separator:
         host = _check_host(host[1:].removesuffix("]") if host.startswith("[") else host, expression)

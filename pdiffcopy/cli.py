@@ -77,7 +77,7 @@ Supported options:
 
     Leave TARGET as it is until a new version, beside it, is complete, verified and flushed, and takes its place in one
     step. It begins as a clone of TARGET where the file system has those, otherwise as a copy. One that a failed run has
-    left ('.NAME.pdiffcopy') is gone on with by the next one.
+    left ('.NAME.pdiffcopy') is what the next one begins with.
 
   -p, --perms
   -t, --times
@@ -179,12 +179,10 @@ not be verified, 129 hung up, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
-import gc
 import logging
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import closing, nullcontext, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from humanfriendly.terminal import usage
@@ -200,15 +198,17 @@ from pdiffcopy.console import (
     log_messages,
     open_standard_streams,
     print_json,
+    printing,
     promise_json,
     show_traceback,
+    starting,
 )
 from pdiffcopy.exceptions import DependencyError, UsageError
 from pdiffcopy.options import parse_arguments, seems_to_want_json, select
 from pdiffcopy.security import load_token, warn_of_eavesdroppers
 
 if TYPE_CHECKING:
-    from pdiffcopy.client import Client
+    from pdiffcopy.client import Client, Location
 
 logger = logging.getLogger(__name__)
 
@@ -238,15 +238,18 @@ def _run(arguments: list[str]) -> None:
     options, locations = parse_arguments(arguments)
     promise_json("--json" in options)
     if "--help" in options:
-        usage(__doc__ or "")
+        with printing():
+            usage(__doc__ or "")
     elif "--version" in options:
-        print(f"pdiffcopy {__version__}")
+        with printing():
+            print(f"pdiffcopy {__version__}")
     elif not locations:
         run_server(**select(options, "server"))
     elif "--listen" in options:
         raise UsageError("--listen starts a server, which takes no locations: leave out one or the other")
     elif len(locations) < 2:
-        raise UsageError("Give two locations, SOURCE and TARGET (pdiffcopy --help explains)")
+        text = "Give two locations, SOURCE and TARGET, and not only {value} (pdiffcopy --help explains)"
+        raise UsageError(text, value=repr(locations[0]))
     else:
         run_client(sources=locations[:-1], target=locations[-1], **select(options, "client"))
 
@@ -264,9 +267,9 @@ def run_client(**options: Any) -> None:
     as_json = options.pop("json", False)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-    with _starting():
+    with starting():
         client = _make_client(**options)
-    warn_of_eavesdroppers([location.address for location in (*client.sources, client.target)], client.network.token)
+    warn_of_eavesdroppers([location.address for location in _get_locations(client)], client.network.token)
     if client.is_about_many:
         _run_files(client, as_json)
         return
@@ -311,23 +314,14 @@ def _make_client(**options: Any) -> Client:
         **options,
     )
     with suppress(DependencyError):  # that's for the run to tell
-        for location in (*client.sources, client.target):
+        for location in _get_locations(client):
             location.replica  # noqa: B018 (imports what it needs)
     return client
 
 
-@contextmanager
-def _starting() -> Iterator[None]:
-    """Import what is needed without looking for garbage in it, now or ever: that's a sixth of the time of a start."""
-    enabled, is_first = gc.isenabled(), not {"pdiffcopy.client", "pdiffcopy.server"} & set(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_first:
-            gc.freeze()
-        if enabled:
-            gc.enable()
+def _get_locations(client: Client) -> list[Location]:
+    """The locations that are given: the client itself says what is missing."""
+    return [location for location in (*client.sources, client.target) if location]
 
 
 def run_server(**options: Any) -> None:
@@ -339,7 +333,7 @@ def run_server(**options: Any) -> None:
                     ``allow_set_id``, ``certfile``, ``keyfile``, ``allow_hosts``, ``access_log``.
     """
     try:
-        with _starting():
+        with starting():
             import pdiffcopy.server.daemon  # noqa: F401 (start_server needs it)
             from pdiffcopy.server import Settings, start_server
     except ImportError as e:

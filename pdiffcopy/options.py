@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import getopt
 import re
-import threading
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
@@ -26,7 +25,7 @@ def _parse_text(option: str, value: str) -> str:
     return value
 
 
-_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? *([kmgtpezy]i?b?|b|bytes?)?", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"[0-9]+ *(b|bytes?)?|[0-9]+(\.[0-9]+)? *[kmgtpezy]i?b?", re.ASCII | re.IGNORECASE)
 
 
 def _parse_size(option: str, value: str) -> int:
@@ -62,13 +61,18 @@ def _parse_count(option: str, value: str) -> int:
     return number
 
 
+_MAX_SECONDS = 1_000_000
+"""In the kernel a wait has milliseconds, and 31 bits for them (poll(2))."""
+
+
 def _parse_seconds(option: str, value: str) -> float:
     try:
-        seconds = float(value)
+        seconds = float(value) if value.isascii() and "_" not in value else 0
     except ValueError:
         seconds = 0
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise UsageError("{option} needs a number of seconds above 0, not {value}", option=option, value=repr(value))
+    if not 0 < seconds <= _MAX_SECONDS:
+        text = "{option} needs a number of seconds above 0, and at most {maximum}, not {value}"
+        raise UsageError(text, option=option, maximum=_MAX_SECONDS, value=repr(value))
     return seconds
 
 
@@ -162,7 +166,8 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     except getopt.GetoptError as e:
         import difflib
 
-        similar = difflib.get_close_matches(e.opt, [name[2:] for name in OPTIONS], n=1)
+        names = [name[2:] for name in OPTIONS] if "not recognized" in e.msg else []
+        similar = difflib.get_close_matches(e.opt, names, n=1)
         remedy = f"is it --{similar[0]}?" if similar else "pdiffcopy --help explains"
         raise UsageError("{reason} ({remedy})", reason=e.msg, remedy=remedy) from None
     options: dict[str, Any] = {}

@@ -11,11 +11,11 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from tempfile import SpooledTemporaryFile
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any
 
 from pdiffcopy.console import describe_end, printing
-from pdiffcopy.exceptions import ProgramError
+from pdiffcopy.exceptions import FileError, ProgramError
 
 IN_MEMORY = 1024 * 1024
 """How many bytes of the list stay in memory, so that it takes a long one for a full disk to matter."""
@@ -52,7 +52,11 @@ class Spool:
     def add(self, get_item: Callable[[], dict[str, Any]]) -> None:
         """Add an item to the list."""
         if self.file:
-            self.file.write(f"{json.dumps(get_item())}\n".encode("ascii"))
+            try:
+                self.file.write(f"{json.dumps(get_item())}\n".encode("ascii"))
+            except OSError as e:
+                text = "Can't write the list for --json to {folder}: {reason} (make room there, or set $TMPDIR)"
+                raise FileError(text, folder=gettempdir(), reason=e.strerror) from e
 
     def _print(self, ending: dict[str, Any]) -> None:
         """Print the object, with the list as its member ``files``."""
@@ -61,7 +65,7 @@ class Spool:
         document = {**self.get_document(), **ending}
         with printing():
             sys.stdout.write(json.dumps(document)[:-1] + ', "files": [')
-            for number, line in enumerate(self.file):
+            whole = (line for line in self.file if line.endswith(b"\n"))  # a full disk took only a part of the last
+            for number, line in enumerate(whole):
                 sys.stdout.write(", " * (number > 0) + line.decode("ascii").rstrip("\n"))
             sys.stdout.write("]}\n")
-            sys.stdout.flush()

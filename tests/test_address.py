@@ -116,6 +116,10 @@ def test_local_locations(expression):
                 "[::1]:x/a",
             )
         ),
+        ("a..b:/c", "host name"),
+        (f"{'a' * 64}.example:/c", "host name"),
+        ("http://host/100%", "%25 for %"),
+        ("http://host/%zz", "%25 for %"),
         ("http://host/a?b", "%3F"),
         ("http://host/a?", "%3F"),
         ("http://host/a#b", "%23"),
@@ -208,8 +212,8 @@ def test_listen_addresses(expression, expected):
 
 @pytest.mark.parametrize(
     "expression",
-    ["", "0", "65536", "host:", "host:x", "host:0", "host:-1", "::1", "::1:99", "[::1", "[::1]99", "[::1]:", "[]:99",
-     "a b", "a/b:1", "host:1:2", "٣", "9" * 5000],
+    ["", "0", "65536", "host:", "host:x", "host:0", "host:-1", "::1", "::1:99", "[::1", "[::1:99", "[::1]99",
+     "[::1]:", "[]:99", "a..b:1", "a b", "a/b:1", "host:1:2", "٣", "9" * 5000],
 )  # fmt: skip
 def test_impossible_listen_addresses(expression):
     """Everything else is refused."""

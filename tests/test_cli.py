@@ -103,7 +103,9 @@ def test_version_is_printed():
         (["one"], "two locations"),
         (["--nonsense", "a", "b"], "--nonsense"),
         (["-x", "a", "b"], "-x"),
-        (["a", "b", "--block-size"], "--block-size"),
+        (["a", "b", "--block-size"], "requires argument (pdiffcopy"),
+        (["a", "b", "--blocksize=5"], "is it --block-size?"),
+        (["--progress", "a", "b"], "and not only 'b'"),
         (["a", "b", "-b"], "-b"),
         (["--dry-run=yes", "a", "b"], "--dry-run"),
         (["--block-size=", "a", "b"], "--block-size"),
@@ -112,6 +114,7 @@ def test_version_is_printed():
         (["--block-size=big", "a", "b"], "--block-size"),
         (["--block-size=4 potatoes", "a", "b"], "--block-size"),
         (["--block-size=\u0663", "a", "b"], "--block-size"),
+        (["--block-size=1.5", "a", "b"], "in bytes"),
         (["--bwlimit=10Mbit", "a", "b"], "in bytes"),
         (["--concurrency=1025", "--listen=127.0.0.1:8080"], "from 1 to 1024"),
         (["--listen=http://127.0.0.1:8080"], "without a scheme"),
@@ -134,6 +137,9 @@ def test_version_is_printed():
         (["--timeout=nan", "a", "b"], "--timeout"),
         (["--timeout=inf", "a", "b"], "--timeout"),
         (["--timeout=soon", "a", "b"], "--timeout"),
+        (["--timeout=\u0663", "a", "b"], "--timeout"),
+        (["--timeout=1_0", "a", "b"], "--timeout"),
+        (["--timeout=3000000", "a", "b"], "at most"),
         (["--retries=-1", "a", "b"], "--retries"),
         (["--retries=x", "a", "b"], "--retries"),
         (["--ca-file=", "a", "b"], "--ca-file"),
@@ -193,7 +199,8 @@ def test_options_may_stand_anywhere(files):
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [("4096", 4096), ("4KiB", 4096), ("4 KiB", 4096), ("4Ki", 4096), ("4k", 4000), ("4KB", 4000)]
+    ("size", "expected"),
+    [("4096", 4096), ("4KiB", 4096), ("4 KiB", 4096), ("4Ki", 4096), ("4k", 4000), ("4KB", 4000), ("1.5KiB", 1536)],
 )
 def test_block_size_takes_units(files, size, expected):
     """A number of bytes, or a number and a unit: those with an i are powers of 1024."""
@@ -333,8 +340,17 @@ def test_report_that_can_not_be_written_is_an_error(files):
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
     (line,) = error_lines(result)
-    assert "Can't write the report to stdout: No space left on device" in line
+    assert "Can't write to stdout: No space left on device" in line
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_report_that_nobody_can_read_is_an_error(files):
+    """The same goes for a closed stdout."""
+    command = f"exec '{sys.executable}' -m pdiffcopy --json '{files[0]}' '{files[1]}' >&-"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = error_lines(result)
+    assert "Can't write to stdout: Bad file descriptor" in line
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -367,6 +383,7 @@ def test_verbosity(files):
     source, target = files
     write_pattern(target, 3 * BLOCK, seed=9)
     assert "DEBUG" in run_pdiffcopy("-vvv", "-b", str(BLOCK), source, target).stderr
+    assert "property" not in run_pdiffcopy("-vvv", "-n", source, target).stderr
     normal = run_pdiffcopy("-b", str(BLOCK), source, target).stderr
     assert "0 of 8 blocks differed" in normal and "DEBUG" not in normal
     for option in ("-q", "--quiet"):

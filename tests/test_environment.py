@@ -216,13 +216,14 @@ ODD = [
     {"TQDM_NCOLS": "x"},
     {"TQDM_MININTERVAL": "x"},
     {"COLOREDLOGS_LOG_FORMAT": "%(x"},
+    {"COLOREDLOGS_LOG_FORMAT": "%(nope)s"},
     {"COLOREDLOGS_DATE_FORMAT": "%"},
     {"COLOREDLOGS_LEVEL_STYLES": "=;"},
     {"COLOREDLOGS_LOG_LEVEL": "x"},
 ]
 
 
-@pytest.mark.parametrize("variables", ODD, ids=lambda variables: "".join(variables))
+@pytest.mark.parametrize("variables", ODD, ids=str)
 def test_odd_environments_do_no_harm(source, tmp_path, variables):
     """The worst that happens is that messages look plain, and that there's no bar."""
     status, output = run_on_terminal(source, tmp_path / "target", **variables)

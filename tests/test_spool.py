@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import textwrap
+from tempfile import gettempdir
 
 import pytest
 
-from pdiffcopy.exceptions import DiskFullError
+from pdiffcopy.exceptions import DiskFullError, FileError
 from pdiffcopy.spool import IN_MEMORY, Spool
 from tests.support import RUN_TIMEOUT, error_lines, wait_for
 
@@ -88,6 +91,24 @@ def test_list_is_complete(capsys, count, is_early):
     assert json.loads(capsys.readouterr().out) == {"created": count, **ending, "files": files}
 
 
+def test_list_without_room_is_cut_between_two_files(capsys):
+    """What fits makes an object that can be read, and the message names the folder that is full."""
+    with pytest.raises(FileError, match=f"write the list for --json to {gettempdir()}: .*TMPDIR"):
+        with Spool(True, lambda: {"created": 2}) as spool:
+            spool.add(lambda: {"number": 1})
+            write = spool.file.write
+
+            def write_half(data):
+                write(data[:5])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            spool.file.write = write_half
+            spool.add(lambda: {"number": 2})
+    document = json.loads(capsys.readouterr().out)
+    assert document["files"] == [{"number": 1}]
+    assert document["exit_code"] == 1 and "TMPDIR" in document["error"]
+
+
 def test_nothing_is_printed_that_nobody_wants(capsys):
     """Nor made."""
     with Spool(False, lambda: pytest.fail("it's made")) as spool:
@@ -137,7 +158,7 @@ def test_reader_that_leaves_hides_no_reason(end, status):
     """That the object can't be printed is worth a line only if nothing worse has happened."""
     with start(end) as process:
         process.stdout.close()
-        expected = {"none": "write the report", "error": "No space left on device", "signal": "interrupted"}[end]
+        expected = {"none": "write to stdout", "error": "No space left on device", "signal": "interrupted"}[end]
         (line,) = process.stderr.read().splitlines()
         assert expected in line
         assert process.wait(RUN_TIMEOUT) == (status or 1)
