@@ -57,7 +57,7 @@ def start_server(
     :raises: :exc:`.UsageError` when an argument can't be meant.
     """
     from pdiffcopy.server.accesslog import open_access_log
-    from pdiffcopy.server.daemon import Daemon
+    from pdiffcopy.server.daemon import Daemon, raise_file_limit
 
     check_concurrency(concurrency)
     find_boot()
@@ -67,6 +67,7 @@ def start_server(
     if access_log:
         open_access_log(access_log)
     warn_of_strangers(host, settings.token, settings.root and os.path.abspath(settings.root), settings.read_only)
+    raise_file_limit()  # of which the application makes its own limits
     gate = Gate(settings.token, (*settings.allow_hosts, host))
     application = create_app(settings, gate)
     Daemon(application, (host, port), concurrency, certfile, keyfile, settings.bwlimit, gate).run()

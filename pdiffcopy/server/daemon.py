@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 1024
 """How many requests a process works on at the same time. Most of them are cheap: they wait for a slow client."""
-
-
+_FREED_WITHIN = 2.0
+"""How long an address may still be taken, in seconds: by the workers of a server of which the master was killed."""
 _DISTRUST: dict[str, Any] = {"forwarded_allow_ips": "", "forwarder_headers": "", "secure_scheme_headers": {}}
 """Nothing that a client says of a proxy is believed."""
 
@@ -80,7 +81,6 @@ class Daemon(BaseApplication):
             **_DISTRUST,
         }
         _check_address(host or "0.0.0.0", port)
-        _raise_file_limit()
         super().__init__()
         self.contexts = _Contexts(self.cfg)
 
@@ -185,18 +185,23 @@ class _Logger(glogging.Logger):
 
 def _check_address(host: str, port: int) -> None:
     """Find out in time whether the address can be used (gunicorn would try for seconds, and say so each time)."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen()
-    except OSError as e:
-        where = join_host_port(host, port)
-        raise UsageError("Can't listen on {where}: {reason}", where=where, reason=e.strerror or e) from e
+    deadline = time.monotonic() + _FREED_WITHIN
+    while True:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen()
+            return
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                where = join_host_port(host, port)
+                raise UsageError("Can't listen on {where}: {reason}", where=where, reason=e.strerror or e) from e
+        time.sleep(0.05)
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """A connection takes a descriptor: use as many as the administrator allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

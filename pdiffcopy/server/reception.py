@@ -243,9 +243,9 @@ class Reception:
         """A thread takes care of the rest."""
         self._forget(visitor)
         self.served[visitor] = None
-        visitor.stage, visitor.patience = Stage.SERVED, visitors.STALL_TIMEOUT
-        visitor.moved = count_moved(visitor.sock)
-        self.executors[visitor.is_client].submit(self._serve, visitor)
+        visitor.stage, visitor.patience, visitor.moved = Stage.SERVED, visitors.STALL_TIMEOUT, count_moved(visitor.sock)
+        with suppress(RuntimeError):  # no more threads can start: those that there are find it in their queue
+            self.executors[visitor.is_client].submit(self._serve, visitor)
 
     def _serve(self, visitor: Visitor) -> None:
         """Called in a thread."""

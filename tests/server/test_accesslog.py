@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 
 import pytest
 import requests
 
-from tests.support import error_lines, exchange, run_pdiffcopy, wait_for, write_pattern
+from tests.support import error_lines, exchange, find_free_port, run_pdiffcopy, wait_for, write_pattern
 
 TOKEN = "correct-horse-battery-staple"
 VALUE = r'([A-Za-z0-9/.:_%-]+|"(?:[^"\\]|\\.)*")'
@@ -139,3 +140,11 @@ def test_full_disk_does_not_end_the_server(launch, path):
         assert requests.get(f"{server.origin}/info", {"filename": path}).status_code == 200
     wait_for(lambda: "No space left" in server.log.read_text(), what="a message")
     assert "Traceback" not in server.log.read_text()
+
+
+def test_fifo_is_no_log(tmp_path):
+    """To open it would wait until somebody reads it."""
+    os.mkfifo(tmp_path / "log")
+    result = run_pdiffcopy("--listen", f"127.0.0.1:{find_free_port()}", f"--access-log={tmp_path}/log")
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "is a FIFO" in line

@@ -123,6 +123,12 @@ def test_hashes_can_begin_later(ask, path):
     assert ask("GET", "hashes", offset=100 * BLOCK, **params).text == ""
 
 
+def test_nothing_behind_the_largest_file_is_nothing_in_memory(ask, path):
+    """There's nothing to drop either."""
+    response = ask("GET", "blocks", filename=path, offset=2**63 - 1, size=10, drop=1)
+    assert (response.status_code, response.content) == (200, b"")
+
+
 def test_hashes_can_end_sooner(ask, path):
     """Also within a block. A file that has become shorter than that isn't told to be as long."""
     params = {"filename": path, "block_size": BLOCK, "method": "sha1", "checks": "1"}

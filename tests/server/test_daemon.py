@@ -22,7 +22,7 @@ import requests
 from pdiffcopy.address import Address
 from pdiffcopy.client import Network
 from pdiffcopy.client.servers import Servers
-from pdiffcopy.server import daemon
+from pdiffcopy.server import daemon, start_server
 from tests.support import (
     STALL,
     can_connect,
@@ -307,6 +307,31 @@ def test_port_in_use_is_one_line(server):
     (line,) = error_lines(result)
     assert result.returncode == 1
     assert f"127.0.0.1:{server.port}" in line and "in use" in line
+
+
+def test_limit_of_open_files_is_raised_first(monkeypatch):
+    """What the application allows to be open at the same time is a part of it."""
+    steps = []
+
+    class Daemon:
+        def __init__(self, *arguments):
+            steps.append("daemon")
+
+        def run(self):
+            steps.append("run")
+
+    monkeypatch.setattr(daemon, "Daemon", Daemon)
+    monkeypatch.setattr(daemon, "raise_file_limit", lambda: steps.append("limit"))
+    monkeypatch.setattr("pdiffcopy.server.create_app", lambda *arguments: steps.append("application"))
+    start_server("127.0.0.1:1")
+    assert steps == ["limit", "application", "daemon", "run"]
+
+
+def test_port_that_is_about_to_be_free_is_waited_for(monkeypatch):
+    """The workers of a server of which the master was killed have it for a moment longer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setattr(daemon.time, "sleep", lambda seconds: listener.close())
+        daemon._check_address(*listener.getsockname())
 
 
 @pytest.mark.skipif(not shutil.which("ss"), reason="ss (iproute2) isn't installed")
