@@ -14,7 +14,7 @@ from pdiffcopy.exceptions import FileError, FileForbiddenError, FileMissingError
 from pdiffcopy.files import confinement
 from pdiffcopy.files.confinement import Root, Within
 from pdiffcopy.files.localfile import LocalFile
-from pdiffcopy.files.names import Namespace
+from pdiffcopy.files.names import MACHINE, Namespace
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.replica import Reading
 
@@ -70,6 +70,17 @@ def root(request, tree):
 def read(root, filename):
     with LocalFile(filename, namespace=root) as file:
         return os.read(file.fd, 100).decode()
+
+
+def test_folder_with_a_longer_name_is_another_one(tmp_path):
+    """What lies in it isn't looked for in the folder whose name its own begins with."""
+    for name in ("a", "ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / "a" / "b").mkdir()
+    (tmp_path / "a" / "b" / "file").write_text("in a")
+    assert read(Within(MACHINE, f"{tmp_path}/a"), f"{tmp_path}/ab/file") == "ab"
+    assert read(Within(MACHINE, f"{tmp_path}/a"), f"{tmp_path}/a/b/file") == "in a"
 
 
 @pytest.mark.parametrize(
