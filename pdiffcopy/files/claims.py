@@ -27,6 +27,9 @@ from pdiffcopy.files import kernel
 
 LOCK_TIMEOUT = 20.0
 """How long to wait for the writes of others to end, in seconds."""
+FORGET_ATTEMPTS = 5
+"""How often the page cache is asked to forget a file: a page may be on its way to the disk, or an earlier error in the
+way of the rest."""
 BUSY_TIMEOUT = 0.25
 """How long to wait for a device that is in use, in seconds."""
 
@@ -148,22 +151,27 @@ class Claims:
 
     def _forget(self) -> None:
         """Let the page cache forget the file, so that it's read from the disk again."""
-        with suppress(OSError):  # what can't be written stays dirty, and is found below
-            kernel.write_back(self.fd, 0, 0)
-        with translating("drop the cached pages of", self.filename):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            try:
-                cached = kernel.count_cached_pages(self.fd, os.fstat(self.fd).st_size)
-            except OSError as e:
-                if e.errno != errno.ENODEV:
-                    raise
-                cached = 0  # what can't be mapped isn't cached (direct_io of FUSE)
-        if cached:
-            text = (
-                "A flush of {filename} failed, and {cached} pages in memory can't be compared with the disk: "
-                "end the programs that have it mapped, or restart the machine"
-            )
-            raise FileError(text, filename=self.filename, cached=cached)
+        for _ in range(FORGET_ATTEMPTS):
+            with suppress(OSError):  # what can't be written stays dirty, and is found below
+                kernel.write_back(self.fd, 0, 0)
+            with translating("drop the cached pages of", self.filename):
+                os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                if not (cached := self._count_cached_pages()):
+                    return
+            time.sleep(0.02)
+        text = (
+            "A flush of {filename} failed, and what is in memory ({cached} pages) can't be compared with the disk: "
+            "end the programs that have it mapped, or restart the machine"
+        )
+        raise FileError(text, filename=self.filename, cached=cached)
+
+    def _count_cached_pages(self) -> int:
+        try:
+            return kernel.count_cached_pages(self.fd, os.fstat(self.fd).st_size)
+        except OSError as e:
+            if e.errno != errno.ENODEV:
+                raise
+            return 0  # what can't be mapped isn't cached (direct_io of FUSE)
 
     @contextmanager
     def writing(self, run: str) -> Iterator[None]:
