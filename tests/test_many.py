@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from pdiffcopy.address import Address
-from pdiffcopy.client import Client
+from pdiffcopy.client import Client, Network
 from pdiffcopy.client.flight import MAX_SMALL
+from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.summary import FileReport, Summary
+from pdiffcopy.client.tree import Rule, select_tree
 from pdiffcopy.exceptions import FileForbiddenError, FilesFailedError, ProgramError, SourceChangedError, UsageError
 from tests.relay import RelayProcess
 from tests.support import UNPRIVILEGED, error_lines, find_free_port, make_data, run_pdiffcopy, write_pattern
@@ -588,6 +590,16 @@ def test_user_learns_which_rules_have_decided_nothing(tmp_path, place, tree):
     assert [rule in line for rule, line in zip(("--exclude=nothing", "--exclude=db/*"), lines, strict=True)] == [
         True
     ] * 2
+
+
+def test_excluded_folder_of_chosen_files_is_chosen_once(tmp_path):
+    """However many of them lie in it."""
+    source = make_tree(tmp_path / "source", x__y__a=1, x__y__b=2, x__c=3)
+    servers = Servers(Network())
+    rules = [Rule(False, "x"), Rule(False, "x/y")]
+    selection = select_tree(Address(str(source)), Address(f"{tmp_path}/target"), rules, servers)
+    assert sorted(folder.name for folder in selection.folders) == ["", "x", "x/y"]
+    assert sorted(file.name for file in selection.files) == ["x/c", "x/y/a", "x/y/b"]
 
 
 @pytest.mark.parametrize("rules", [("--include=*.img", "--exclude=*"), ("--exclude=secret", "--exclude=secret/sub")])

@@ -109,8 +109,7 @@ def test_owner_that_can_not_be_is_refused_before_there_is_a_file(helpless, tmp_p
     prefix, server = helpless
     (tmp_path / "folder").mkdir()
     source, target = tmp_path / "folder/file", tmp_path / "target/file"
-    source.touch()
-    os.truncate(source, size)
+    write_pattern(source, size)  # without a hole, so that it may travel as a whole
     os.chown(source, 1234, 5678)
     for arguments in ((option, source, target), ("-r", option, source.parent, target.parent)):
         result = run_pdiffcopy(*arguments[:-2], *more, *get_places(server, direction, *arguments[-2:]), prefix=prefix)
@@ -118,6 +117,22 @@ def test_owner_that_can_not_be_is_refused_before_there_is_a_file(helpless, tmp_p
         (line,) = [line for line in result.stderr.splitlines() if "Can't set owner and group of" in line]
         assert "Operation not permitted (only root can: leave out -o and -g" in line
         assert not target.parent.exists() or list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_metadata_are_flushed_too(tmp_path, source, monkeypatch, atomic):
+    """They're set when the contents are on the disk, which may take long."""
+    steps = []
+    for name in ("sync", "set_metadata"):
+        original = getattr(LocalReplica, name)
+
+        def note(replica, *arguments, name=name, original=original, **words):
+            steps.append(name + " in advance" * words.get("in_advance", False))
+            return original(replica, *arguments, **words)
+
+        monkeypatch.setattr(LocalReplica, name, note)
+    Client(source=source, target=tmp_path / "target", times=True, fsync=True, atomic=atomic).run()
+    assert steps[-3:] == ["sync", "set_metadata", "sync"]
 
 
 @pytest.mark.parametrize("time", [-1, -(10**9) * SECOND + 5, 0, 5 * 10**9 * SECOND + 1], ids=str)

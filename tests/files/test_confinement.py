@@ -421,6 +421,14 @@ def test_no_link_is_followed_within_a_folder(within, tmp_path, target):
     assert (tmp_path / "folder" / "sub" / "file").read_bytes() == b"harmless"
 
 
+def test_link_within_a_folder_is_not_even_looked_at(within, tmp_path):
+    """To open a name without reading what it leads to may open the link itself, where nobody forbids it."""
+    (tmp_path / "folder" / "leaf").symlink_to("sub/file")
+    with pytest.raises(OSError) as info:
+        within.open(f"{within.folder}/leaf", LOOK)
+    assert info.value.errno == errno.ELOOP
+
+
 def test_folders_and_files_are_made_within_a_folder(within, tmp_path):
     """And the folder itself, where it's missing."""
     LocalReplica(f"{within.folder}/a/b/c", within).resize(7)
