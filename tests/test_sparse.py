@@ -392,11 +392,12 @@ def test_file_systems_that_hide_holes(tmp_path, monkeypatch, kind, room, expecte
     assert hides_holes(0, status) is expected
 
 
-def test_blocks_at_the_end_of_a_file_have_holes_to_its_end(server, one_disk):
+@pytest.mark.parametrize("before", ["aaaa", "aa-0"])
+def test_blocks_at_the_end_of_a_file_have_holes_to_its_end(server, one_disk, before):
     """The last grain of a file may be a part of one, and is a hole nevertheless."""
     source, target = one_disk / "source", one_disk / "target"
     write(source, "aa--", PAGE)
-    write(target, "aaaa", PAGE)
+    write(target, before, PAGE)
     for path in (source, target):
         os.truncate(path, 4 * PAGE - 100)
     assert copy(server, "local", source, target)["blocks_changed"] == 1
