@@ -16,10 +16,12 @@ comparison. From the top down:
     the one way to measure a case: prepare, start, wait, check
 :mod:`.contenders`
     the command lines that compete
+:mod:`.many`, :mod:`.sparse`, :mod:`.trees`, :mod:`.disks`
+    the groups with many files and with holes, the folders and file systems that they take
 :mod:`.files`, :mod:`.servers`, :mod:`.links`, :mod:`.processes`
     files to compare, servers to ask, wires between them, and what processes use up
-:mod:`.limits`, :mod:`.relay`
-    programs of their own: the work done as barely as possible, and a wire that delays and counts
+:mod:`.limits`, :mod:`.readers`, :mod:`.relay`, :mod:`.slowfs`
+    programs of their own: the work done as barely as possible, a wire and a file system that delay
 :mod:`.table`, :mod:`.svg`
     how the numbers are shown
 """

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,9 @@ class Bench:
             sampler.roots["client"].append(process.pid)
             with _ending(process), sampler:
                 assert process.stdin
-                process.stdin.write(given)
-                process.stdin.close()
+                with suppress(BrokenPipeError):  # it has ended already, and its exit code and output tell why
+                    process.stdin.write(given)
+                    process.stdin.close()
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
                 wall = time.perf_counter() - started
                 client_read = get_bytes_read(process.pid)

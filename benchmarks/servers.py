@@ -135,6 +135,8 @@ class SecureServer(PdiffcopyServer):
     """``pdiffcopy --listen`` over https, with a certificate of its own."""
 
     def __enter__(self) -> Any:
+        if not shutil.which("openssl"):
+            raise UnavailableError("openssl isn't installed: there's no certificate for https")
         self.certificate, self.key = (self.folder / f"server-{self.port}.{kind}" for kind in ("pem", "key"))
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
