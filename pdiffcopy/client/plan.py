@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from operator import add
 from typing import NamedTuple
@@ -83,6 +84,11 @@ class Options(NamedTuple):
             raise UsageError("--sparse takes {choices}, not {value}", choices=choices, value=repr(self.sparse))
         method = str(self.hash_method)
         return self._replace(hash_method=AUTO if method.lower() == AUTO else find_method(method))
+
+
+def make_run() -> str:
+    """Make a name for a run, under which it claims what it writes to: nobody else has it."""
+    return os.urandom(8).hex()
 
 
 class Verification(Enum):

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 
 from pdiffcopy.blocks import FileInfo, Metadata, count_blocks
 from pdiffcopy.client.delta import Sparse
 from pdiffcopy.client.job import Job
-from pdiffcopy.client.plan import Options, Plan, Result, Target
+from pdiffcopy.client.plan import Options, Plan, Result, Target, make_run
 from pdiffcopy.client.planning import Planner, Side
 from pdiffcopy.client.progress import Reporter
 from pdiffcopy.client.report import Report
@@ -37,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
 """How often small files are tried together before they are tried one by one."""
-_RUN_SIZE = 8
-"""How many random bytes name a run."""
 
 
 class SmallFiles:
@@ -156,7 +153,7 @@ class _Group:
     # What is missing {{{1
 
     def _create(self, missing: list[int]) -> Iterator[tuple[Job, Report]]:
-        run = os.urandom(_RUN_SIZE).hex()
+        run = make_run()
         plans: dict[int, Plan] = {}
         with self.sources.fetch(missing, self.options.verify) as wholes:
             # They are read after the sizes and the times, so whoever changes them from now on is noticed.

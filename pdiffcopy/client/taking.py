@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
 
 from pdiffcopy.address import Address
 from pdiffcopy.blocks import FileInfo, Metadata
-from pdiffcopy.client.plan import Target
+from pdiffcopy.client.plan import Target, make_run
 from pdiffcopy.client.planning import Side
 from pdiffcopy.client.retry import Patience
 from pdiffcopy.exceptions import FileError, ProgramError
 from pdiffcopy.replica import Replica, Staged
 
 logger = logging.getLogger(__name__)
-
-_RUN_SIZE = 8
-"""How many random bytes name a run."""
 
 
 class Taking(ABC):
@@ -64,7 +60,7 @@ class InPlace(Taking):
 
     def take(self, source: FileInfo) -> Target:
         """See :meth:`Taking.take`."""
-        run = os.urandom(_RUN_SIZE).hex()
+        run = make_run()
         claimed, info = self.replica.claim(run, not self.info.exists, source.mode)
         # A target that is shorter is going to be grown before it is compared. An earlier run may have resized it since.
         return Target(self.address, info, source.size, run if claimed else "")
@@ -102,7 +98,7 @@ class Atomic(Taking):
 
         def stage() -> tuple[str, Staged]:
             # What a server still does for an earlier attempt is ended by the name of the next one.
-            run = os.urandom(_RUN_SIZE).hex()
+            run = make_run()
             return run, self.replica.stage(run, source.mode, self.takes)
 
         run, staged = Patience(self.retries).persist(stage)

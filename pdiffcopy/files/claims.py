@@ -105,13 +105,7 @@ class Claims:
 
     def is_doubtful(self) -> bool:
         """Whether the page cache may have what the disk doesn't: a flush failed, or was interrupted."""
-        return self._get_claim().endswith(UNFLUSHED)
-
-    def _get_claim(self) -> str:
-        try:
-            return os.getxattr(self.fd, RUN_ATTRIBUTE).decode("ascii", "replace")
-        except OSError:
-            return ""
+        return (self.find() or "").endswith(UNFLUSHED)
 
     def find(self) -> str | None:
         """The run that has claimed the file (empty: none has; :data:`None`: it can't be claimed)."""
@@ -147,7 +141,7 @@ class Claims:
             raise TakenOverError("Can't write to {filename}: another run has taken it over", filename=self.filename)
 
     def _claimed_by(self) -> str:
-        return self._get_claim().removesuffix(UNFLUSHED)
+        return (self.find() or "").removesuffix(UNFLUSHED)
 
     def _forget(self) -> None:
         """Let the page cache forget the file, so that it's read from the disk again."""

@@ -121,10 +121,6 @@ class OpenFile:
             with translating("close", self.filename):
                 os.close(fd)
 
-    def fileno(self) -> int:
-        """The descriptor."""
-        return self.fd
-
     def info(self) -> FileInfo:
         """Size and identity of the file."""
         with translating("examine", self.filename):
