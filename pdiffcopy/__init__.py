@@ -1,5 +1,7 @@
 """Configuration defaults for the pdiffcopy program."""
 
+__all__ = ["BLOCK_SIZE", "DEFAULT_CONCURRENCY", "DEFAULT_PORT", "DEFAULT_RETRIES", "DEFAULT_TIMEOUT", "__version__"]
+
 __version__ = "2.0.0"
 
 BLOCK_SIZE = 1024 * 1024

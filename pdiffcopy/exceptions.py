@@ -212,7 +212,7 @@ class FileError(ProgramError):
     def from_os_error(cls, error: OSError, action: str, filename: str) -> FileError:
         """Choose the most specific class for an :exc:`OSError`."""
         kind = _FILE_ERRORS.get(error.errno or 0, cls)
-        remedy = REMEDIES.get(error.errno or 0)
+        remedy = REMEDIES.get(error.errno or 0) if error.errno != errno.EAGAIN else ""  # a file may have another reason
         reason = (error.strerror or str(error)) + (f": {remedy}" if remedy else "")
         return kind("Can't {action} {filename}: {reason}", action=action, filename=filename, reason=reason)
 

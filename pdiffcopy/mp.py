@@ -188,9 +188,8 @@ class _Results:
     def __init__(self, queue: Any, most: int):
         """:param most: How many of them may wait for the reader."""
         self.queue, self.room, self.has_stopped = queue, threading.Semaphore(most), False
-        self.error: BaseException | None = None
-        # A tuple of one, or an empty one at the end.
-        self.found: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        # A tuple of one, or an empty one at the end (or what has ended it).
+        self.found: SimpleQueue[tuple[Any, ...] | BaseException] = SimpleQueue()
         self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self.thread = threading.Thread(target=self._collect, name="results", daemon=True)
 
@@ -204,11 +203,12 @@ class _Results:
 
         :raises: What forbids to take it.
         """
-        if envelope := self.found.get():
+        envelope = self.found.get()
+        if isinstance(envelope, BaseException):
+            raise envelope
+        if envelope:
             os.eventfd_read(self.bell)
             self.room.release()
-        elif self.error:
-            raise self.error
         return envelope
 
     def take_rest(self) -> Iterator[Any]:
@@ -237,10 +237,9 @@ class _Results:
         except (EOFError, OSError):  # there's nobody left who could write any
             pass
         except BaseException as e:  # it can be pickled, but not unpickled
-            self.error = e
-        self.found.put(())
-        if self.error:
+            self.found.put(e)
             os.eventfd_write(self.bell, 1)
+        self.found.put(())
 
 
 def generator_adapter(

@@ -7,11 +7,12 @@ user may not want to wait for whoever reads it) leaves a part of one, and no oth
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from tempfile import SpooledTemporaryFile, gettempdir
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 from pdiffcopy.console import describe_end, printing
@@ -31,17 +32,21 @@ class Spool:
         :param is_wanted: Whether there's anything to do.
         :param get_document: Makes the object, without the list, when it's printed.
         """
-        self.file = SpooledTemporaryFile(IN_MEMORY) if is_wanted else None  # noqa: SIM115
-        self.get_document = get_document
+        self.is_wanted, self.get_document = is_wanted, get_document
+        self.file: io.FileIO | None = None
+        """Holds the beginning of the list, when that has got long..."""
+        self.size = 0
+        """... in so many bytes. (What a full disk took only a part of is behind them.)"""
+        self.rest = bytearray()
 
     def __enter__(self) -> Spool:
         return self
 
     def __exit__(self, kind: Any, reason: BaseException | None, traceback: Any) -> None:
         """Print the object. What ended the run early becomes a part of it, and matters more than what comes now."""
-        if not self.file:
+        if not self.is_wanted:
             return
-        with self.file:
+        with self.file or nullcontext():
             if not reason:
                 self._print({})
                 return
@@ -50,22 +55,45 @@ class Spool:
                 self._print({"error": message, "exit_code": status})
 
     def add(self, get_item: Callable[[], dict[str, Any]]) -> None:
-        """Add an item to the list."""
+        """
+        Add an item to the list.
+
+        :raises: :exc:`.FileError` where there is no room for it. Those before it are kept.
+        """
+        if self.is_wanted:
+            self.rest += f"{json.dumps(get_item())}\n".encode("ascii")
+            if len(self.rest) > IN_MEMORY:
+                self._move_to_disk()
+
+    def _move_to_disk(self) -> None:
+        try:
+            if not self.file:
+                self.file = TemporaryFile(buffering=0)  # noqa: SIM115
+            done = 0
+            while done < len(self.rest):
+                done += self.file.write(self.rest[done:])
+        except OSError as e:
+            text = "Can't write the list for --json to {folder}: {reason} (make room there, or set $TMPDIR)"
+            raise FileError(text, folder=gettempdir(), reason=e.strerror) from e
+        self.size += done
+        self.rest.clear()
+
+    def _read(self) -> Iterator[bytes]:
+        """Yield the lines of the list."""
         if self.file:
-            try:
-                self.file.write(f"{json.dumps(get_item())}\n".encode("ascii"))
-            except OSError as e:
-                text = "Can't write the list for --json to {folder}: {reason} (make room there, or set $TMPDIR)"
-                raise FileError(text, folder=gettempdir(), reason=e.strerror) from e
+            self.file.seek(0)
+            with io.BufferedReader(self.file) as lines:
+                left = self.size
+                while left:
+                    yield (line := lines.readline())
+                    left -= len(line)
+        yield from io.BytesIO(self.rest)
 
     def _print(self, ending: dict[str, Any]) -> None:
         """Print the object, with the list as its member ``files``."""
-        assert self.file
-        self.file.seek(0)
         document = {**self.get_document(), **ending}
         with printing():
             sys.stdout.write(json.dumps(document)[:-1] + ', "files": [')
-            whole = (line for line in self.file if line.endswith(b"\n"))  # a full disk took only a part of the last
-            for number, line in enumerate(whole):
+            for number, line in enumerate(self._read()):
                 sys.stdout.write(", " * (number > 0) + line.decode("ascii").rstrip("\n"))
             sys.stdout.write("]}\n")

@@ -97,7 +97,7 @@ def test_errors_of_the_system(code, cls, status):
     assert (error.action, error.filename, error.reason) == ("read", "/a\x1bb", os.strerror(code))
 
 
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EAGAIN])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
 def test_limits_of_the_machine_have_remedies(code):
     """Nobody remembers which one has to be raised."""
     error = FileError.from_os_error(OSError(code, os.strerror(code)), "open", "/a")

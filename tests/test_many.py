@@ -586,7 +586,7 @@ def test_user_learns_which_rules_have_decided_nothing(tmp_path, place, tree):
     """A typing error would have files copied that were to stay out."""
     rules = ["--exclude=nothing", "--include=db*", "--exclude=db/*"]
     result = run_pdiffcopy("-n", "-r", *rules, *place(tree, tmp_path / "target"))
-    lines = [line for line in result.stderr.splitlines() if "fits nothing" in line]
+    lines = [line for line in result.stderr.splitlines() if "was left for" in line]
     assert [rule in line for rule, line in zip(("--exclude=nothing", "--exclude=db/*"), lines, strict=True)] == [
         True
     ] * 2

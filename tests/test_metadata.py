@@ -326,5 +326,5 @@ def test_time_that_a_file_system_does_not_have(server, tmp_path, direction):
             target = server.location(disk / "target") if direction == "upload" else disk / "target"
             result = run_pdiffcopy("-t", tmp_path / "source", target)
             assert result.returncode == status
-            assert not status or "has no such time, leave out -t" in error_lines(result)[0]
+            assert not status or "has no such time (leave out -t" in error_lines(result)[0]
         assert (disk / "target").read_bytes() == b"x"

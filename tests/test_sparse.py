@@ -365,7 +365,7 @@ def test_target_that_hides_its_holes_is_equal(one_disk, monkeypatch):
     write(source, "a--b")
     write(target, "a00b")
     before = target.stat()
-    monkeypatch.setattr(openfile, "hides_holes", lambda fd, status: status.st_ino == before.st_ino)
+    monkeypatch.setattr(openfile, "hides_holes", lambda fd, size: os.fstat(fd).st_ino == before.st_ino)
     for options in ({}, {"sparse": "always"}, {"dry_run": True}):
         report = Client(source=source, target=target, **options).run()
         assert (report.outcome, report.result.bytes_zeroed) == ("equal", 0)
@@ -375,21 +375,40 @@ def test_target_that_hides_its_holes_is_equal(one_disk, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, room, expected",
-    [
-        (0x65735546, 0, True),
-        (0x65735546, MEBIBYTE, False),
-        (0x6969, 0, True),
-        (0x4D44, MEBIBYTE, True),
-        (0xEF53, 0, False),
-    ],
-    ids=["FUSE, hidden", "FUSE, dense", "NFS, hidden", "FAT", "ext4"],
+    "kind, size, expected",
+    [(0x65735546, 1, True), (0x65735546, 0, False), (0x6969, 1, True), (0x4D44, 0, True), (0xEF53, 1, False)],
+    ids=["FUSE", "FUSE, empty", "NFS", "FAT, empty", "ext4"],
 )
-def test_file_systems_that_hide_holes(tmp_path, monkeypatch, kind, room, expected):
-    """Those that don't tell where they are, and those that have none. A local one that tells of none has none."""
+def test_file_systems_that_hide_holes(monkeypatch, kind, size, expected):
+    """Those that may not tell where they are, and those that have none. A file that is going to grow gets some."""
     monkeypatch.setattr(kernel, "get_file_system", lambda fd: kind)
-    status = type("Status", (), {"st_size": MEBIBYTE, "st_blocks": room // 512})
-    assert hides_holes(0, status) is expected
+    assert hides_holes(0, size) is expected
+
+
+@pytest.mark.parametrize("punches", [True, False], ids=["holes", "no holes"])
+def test_differences_where_holes_are_hidden(one_disk, monkeypatch, punches):
+    """What becomes a hole of the source is one where that's possible, and otherwise zeros. It grows by holes."""
+    source, target = one_disk / "source", one_disk / "target"
+    write(source, "a-0b--")
+    write(target, "ac0d")
+    inode = target.stat().st_ino
+    monkeypatch.setattr(openfile, "hides_holes", lambda fd, size: os.fstat(fd).st_ino == inode)
+    monkeypatch.setattr(openfile, "find_holes", hide_holes(inode))
+    if not punches:
+        monkeypatch.setattr(kernel, "punch_hole", lambda *_: False)
+    for changed in (2, 0):
+        report = Client(source=source, target=target).run()
+        assert report.result.blocks_changed == changed
+        assert target.read_bytes() == source.read_bytes()
+    monkeypatch.undo()
+    assert read_holes(target) == ("x-xx--" if punches else "xxxx--")
+
+
+def hide_holes(inode):
+    def find(fd, *arguments):
+        return find_holes(fd, *arguments) if os.fstat(fd).st_ino != inode else iter(())
+
+    return find
 
 
 @pytest.mark.parametrize("before", ["aaaa", "aa-0"])

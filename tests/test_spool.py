@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import os
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import textwrap
-from tempfile import gettempdir
 
 import pytest
 
 from pdiffcopy.exceptions import DiskFullError, FileError
 from pdiffcopy.spool import IN_MEMORY, Spool
-from tests.support import RUN_TIMEOUT, error_lines, wait_for
+from tests.support import RUN_TIMEOUT, error_lines, mounted, wait_for
 
 SOME = """
     import os, sys, time
@@ -91,22 +89,21 @@ def test_list_is_complete(capsys, count, is_early):
     assert json.loads(capsys.readouterr().out) == {"created": count, **ending, "files": files}
 
 
-def test_list_without_room_is_cut_between_two_files(capsys):
-    """What fits makes an object that can be read, and the message names the folder that is full."""
-    with pytest.raises(FileError, match=f"write the list for --json to {gettempdir()}: .*TMPDIR"):
-        with Spool(True, lambda: {"created": 2}) as spool:
-            spool.add(lambda: {"number": 1})
-            write = spool.file.write
-
-            def write_half(data):
-                write(data[:5])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            spool.file.write = write_half
-            spool.add(lambda: {"number": 2})
-    document = json.loads(capsys.readouterr().out)
-    assert document["files"] == [{"number": 1}]
+@pytest.mark.parametrize("room", [0, 1, 3 * IN_MEMORY // 2], ids=["none", "a little", "for some"])
+def test_list_without_room_is_complete_nevertheless(capsys, tmp_path, monkeypatch, room):
+    """Up to the file for which there was none: the message names the folder that is full."""
+    with mounted(tmp_path / "full", "tmpfs", f"size={room + 4096}"):
+        monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/full")
+        count = 0
+        with pytest.raises(FileError, match=f"write the list for --json to {tmp_path}/full: .*TMPDIR"):
+            with Spool(True, lambda: {"created": count}) as spool:
+                while True:
+                    count += 1
+                    spool.add(lambda: {"number": count})  # noqa: B023
+        document = json.loads(capsys.readouterr().out)
     assert document["exit_code"] == 1 and "TMPDIR" in document["error"]
+    assert document["created"] == count > (room // IN_MEMORY + 1) * IN_MEMORY // 20
+    assert document["files"] == [{"number": number + 1} for number in range(count)]
 
 
 def test_nothing_is_printed_that_nobody_wants(capsys):

@@ -331,9 +331,10 @@ class Client(PropertyManager):
 
         self._refuse_dry_run()
         with self._running() as (_, job):
-            target = Location(expression=str(find_place(job).target_address))
+            is_near = self.target.replica.is_near
+            target = Location(expression=str(find_place(job).target_address)) if is_near else self.target
         return run_benchmark(self.source, target, self.block_size, self.benchmark, self.run)
 
     def _refuse_dry_run(self) -> None:
         if self.dry_run:
-            raise UsageError("--benchmark damages its target: leave out --dry-run")
+            raise UsageError("A dry run changes nothing, and this damages the target: leave out --dry-run")

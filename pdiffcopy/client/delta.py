@@ -133,6 +133,8 @@ class Sparse(Enum):
     """Zeros become holes."""
     NEVER = "never"
     """No holes are made."""
+    HIDDEN = "hidden"
+    """Nobody can tell where the target has holes: zeros are all that there can be."""
 
 
 class Comparison:
@@ -186,7 +188,7 @@ class Comparison:
             return Block(offset, size, left != right, digest)
         is_auto, fill = self.sparse is Sparse.AUTO, ""
         if is_hole or (digest == self._get_zeros(size) and not (is_auto and layout)):
-            makes_hole = is_hole if is_auto else self.sparse is Sparse.ALWAYS
+            makes_hole = is_hole if is_auto else self.sparse is not Sparse.NEVER
             fill = HOLES if makes_hole else ZEROS
         is_whole = False
         if right is None:
@@ -196,10 +198,13 @@ class Comparison:
         else:
             their_digest, their_layout = _split(right)
             is_alike = their_digest == (self._get_zeros(size) if fill else digest)
-            if fill == HOLES:
+            if self.sparse in (Sparse.NEVER, Sparse.HIDDEN):
+                layout = ""
+            elif fill == HOLES:
                 layout = self._get_hole_layout(Extent(offset, size))
-            changed = not (is_alike and (layout == their_layout or not (is_auto or fill == HOLES)))
-            is_whole = not fill and their_layout != ("" if self.sparse is Sparse.NEVER else layout)
+            matters = is_auto or (fill == HOLES and self.sparse is Sparse.ALWAYS)
+            changed = not (is_alike and (layout == their_layout or not matters))
+            is_whole = not fill and their_layout != layout
         return Block(offset, size, changed, digest, fill, -(-size // self.block_size), changed and is_whole)
 
     def _get_hole_layout(self, block: Extent) -> str:

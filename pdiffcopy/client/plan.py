@@ -22,7 +22,7 @@ AUTO, FAST, COMMON = "auto", "blake3", "sha1"
 LEAST_MOVE = 4096
 """How many bytes may move in one go at any rate."""
 
-SPARSE_CHOICES = tuple(choice.value for choice in Sparse if choice is not Sparse.IGNORED)
+SPARSE_CHOICES = tuple(choice.value for choice in (Sparse.AUTO, Sparse.ALWAYS, Sparse.NEVER))
 
 
 class Options(NamedTuple):

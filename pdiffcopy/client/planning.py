@@ -220,9 +220,10 @@ class Planner:
         wanted, grain = Sparse(self.options.sparse), max(self.source.info.grain, target.grain)
         if FEATURE_SPARSE not in self.common or self.is_given or not grain:
             return Sparse.IGNORED, 0
-        # A device has no holes, nor have some file systems, and some hide them.
-        if target.exists and not (target.resizable and target.grain):
+        if not target.resizable:  # a device has no holes
             wanted = Sparse.NEVER
+        elif target.exists and not target.grain and wanted is not Sparse.NEVER:
+            wanted = Sparse.HIDDEN
         # Where blocks are so small that some have no whole grain, holes consist of blocks.
         is_part = 2 * grain <= self.options.block_size
         return wanted, grain if is_part else self.options.block_size

@@ -63,6 +63,8 @@ class Selection:
         """How many things of which kind were left out, and how many files were excluded."""
         self._read: dict[str, str] = {}
         self._written: dict[str, tuple[str, str]] = {}
+        self._linked: set[str] = set()
+        """What links in the target lead to."""
 
     def skip(self, name: str, why: str) -> None:
         """Leave something out."""
@@ -86,17 +88,21 @@ class Selection:
             raise self.make_clash(folder.name, other[0])
         self.folders.append(folder)
 
-    def choose(self, file: Chosen, source_id: str, target_id: str) -> None:
+    def choose(self, file: Chosen, source_id: str, target_id: str, is_link: bool = False) -> None:
         """
         Choose a file.
 
         :param source_id: Which one it is, if it may have other names (see :class:`.FileInfo`).
         :param target_id: Which one that of the target is.
+        :param is_link: Whether the target only leads there.
         :raises: :exc:`.UsageError` when the target has one file where the source has two.
         """
+        if is_link:
+            self._linked.add(target_id)
         if not (other := self._note(file.name, source_id, target_id)):
             self.files.append(file)
-        elif self.replaces or source_id == other[1] != "":
+        # Of two names of one file each can get a new file, but a link goes on leading to the other one.
+        elif (self.replaces and target_id not in self._linked) or source_id == other[1] != "":
             self.twins.append((file, other[0]))
         else:
             raise self.make_clash(file.name, other[0])
@@ -165,13 +171,12 @@ def select_files(sources: Sequence[Address], target: Address, servers: Servers, 
     found = {name: _look(servers.open(source), _FOLDER) for name, source in selection.sources.items()}
     # Elsewhere no name leads to a source, and where no file has several names, they're all different.
     folder = there.pop("", Entry("", Kind.MISSING))
-    # Of two names of one file each gets a new file, but a link goes on leading to the other one.
-    selection.replaces &= all(entry.kind is Kind.FILE for entry in there.values())
     is_one_machine = any(share_machine(info.file_id, folder.file_id) for info in found.values())
     may_coincide = is_one_machine or any(entry.kind is not Kind.FILE or entry.file_id for entry in there.values())
     for name, info in found.items():
         target_id = _identify_target(join(selection.target, name), servers) if may_coincide and name in there else ""
-        selection.choose(Chosen(info.size, name), info.file_id, target_id)
+        is_link = name in there and there[name].kind is not Kind.FILE
+        selection.choose(Chosen(info.size, name), info.file_id, target_id, is_link)
     selection.check()
     return selection
 

@@ -202,4 +202,4 @@ def _plan(planner: Planner, job: Job, target: Target) -> Plan | None:
     source = planner.source.info
     plan = planner.make_plan(job.source_address, target)
     is_plain = source.exists and source.resizable and target.info.resizable and source.size <= MAX_WHOLE
-    return plan if is_plain and plan.sparse is Sparse.AUTO else None
+    return plan if is_plain and plan.sparse in (Sparse.AUTO, Sparse.HIDDEN) else None

@@ -47,7 +47,7 @@ def select_tree(
     """
     for rule in rules:
         if {"", ".", ".."} & set(rule.glob.split("/")):
-            text = "{rule} fits no name below the folder: those look like a or a/b ('a/*' is all that's in a)"
+            text = "{rule} fits no name below the folder: those are like a or a/b ('a/*' is all that's in a)"
             raise UsageError(text, rule=rule)
     selection = Selection([source], target, True, replaces)
     source_replica, target_replica = servers.open(selection.root), servers.open(selection.target)
@@ -62,7 +62,7 @@ def select_tree(
         chooser.check_new(selection.target)
     selection.check()
     for rule in chooser.idle:
-        logger.info("%s fits nothing (else) in %s", rule, source_replica.label)
+        logger.info("No name in %s was left for %s", source_replica.label, rule)
     return selection
 
 

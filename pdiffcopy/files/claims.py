@@ -27,6 +27,8 @@ from pdiffcopy.files import kernel
 
 LOCK_TIMEOUT = 20.0
 """How long to wait for the writes of others to end, in seconds."""
+_MEMORY = frozenset([0x01021994, 0x858458F6])
+"""File systems without a disk: tmpfs and ramfs (linux/magic.h)."""
 FORGET_ATTEMPTS = 5
 """How often the page cache is asked to forget a file: a page may be on its way to the disk, or an earlier error in the
 way of the rest."""
@@ -144,7 +146,9 @@ class Claims:
         return (self.find() or "").removesuffix(UNFLUSHED)
 
     def _forget(self) -> None:
-        """Let the page cache forget the file, so that it's read from the disk again."""
+        """Let the page cache forget the file, so that it's read from the disk again (unless it's in memory only)."""
+        if kernel.get_file_system(self.fd) in _MEMORY:
+            return
         for _ in range(FORGET_ATTEMPTS):
             with suppress(OSError):  # what can't be written stays dirty, and is found below
                 kernel.write_back(self.fd, 0, 0)

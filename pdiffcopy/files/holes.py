@@ -62,11 +62,11 @@ def get_grain(fd: int) -> int:
     return max(os.fstatvfs(fd).f_bsize, 1)
 
 
-def hides_holes(fd: int, status: os.stat_result) -> bool:
+def hides_holes(fd: int, size: int) -> bool:
     """
-    Whether a file seems to have holes that can't be found (where none was found), or can't have any.
+    Whether a file of a size (in bytes) in which no hole was found may have some, or can't have any.
 
-    To make some there would be in vain, since the next run would find none.
+    To count on them there would be in vain: the next run would find none.
     """
     kind = kernel.get_file_system(fd)
-    return kind in _HOLELESS or (kind in _DISTANT and status.st_blocks * 512 < status.st_size)
+    return kind in _HOLELESS or (size > 0 and kind in _DISTANT)

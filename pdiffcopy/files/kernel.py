@@ -166,17 +166,23 @@ def rename(folder: int, old: str, new: str, replace: bool) -> None:
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOSYS):
             raise
-        try:
-            os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # which never replaces anything
-            os.unlink(old, dir_fd=folder)
-        except OSError as e:
-            if e.errno not in _NO_LINKS:
-                raise
-            # There are neither (FAT in user space): somebody has a moment to create a file that is replaced then.
-            with suppress(FileNotFoundError):
-                os.stat(new, dir_fd=folder, follow_symlinks=False)
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-            os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+        _rename_by_link(folder, old, new)
+
+
+def _rename_by_link(folder: int, old: str, new: str) -> None:
+    try:
+        os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder)  # which never replaces anything
+    except OSError as e:
+        if e.errno not in _NO_LINKS:
+            raise
+    else:
+        os.unlink(old, dir_fd=folder)
+        return
+    # There's no such thing (FAT in user space): somebody has a moment to create a file that is replaced then.
+    with suppress(FileNotFoundError):
+        os.stat(new, dir_fd=folder, follow_symlinks=False)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def is_append_only(fd: int) -> bool:

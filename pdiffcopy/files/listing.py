@@ -26,7 +26,7 @@ from pdiffcopy.files.identity import identify
 from pdiffcopy.files.kernel import PSEUDO, get_file_system
 from pdiffcopy.files.names import MACHINE, Namespace
 
-MOST_NAMES, LEAST_NAMES = 2048, 256
+MOST_NAMES, LEAST_NAMES = 2048, 64
 """How many names of a folder are in memory at a time. (It's half as many on each further level, down to a few.)"""
 
 _LOOK = os.O_PATH | os.O_CLOEXEC

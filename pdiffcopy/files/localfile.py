@@ -16,7 +16,6 @@ from pdiffcopy.digests import new_hasher
 from pdiffcopy.exceptions import (
     DigestMismatchError,
     DiskFullError,
-    FileError,
     FileForbiddenError,
     RangeError,
     translating,
@@ -71,13 +70,13 @@ class LocalFile(OpenFile):
     @contextmanager
     def changing(self, extents: Sequence[Extent], run: str = "") -> Iterator[Change]:
         """Surround the writing of extents, see :class:`.Change`."""
+        change = Change(self.fd, self.filename, extents if self.drop else ())
         try:
-            with Change(self.fd, self.filename, extents if self.drop else ()) as change:
+            with change:
                 yield change
-        except FileError:
-            if self.drop:  # it may be that the disk didn't take something, of which the kernel tells only once
+        finally:
+            if change.has_failed:  # of which the kernel tells only once
                 self.claims.doubt(run)
-            raise
 
     def _write_piece(self, offset: int, piece: memoryview | Piped, hasher: Any) -> None:
         """Write bytes, and read them back chunk by chunk: each is still in the cache of this core."""

@@ -54,9 +54,7 @@ def write_metadata(fd: int, filename: str, metadata: Metadata) -> None:
             os.utime(fd, ns=(os.fstat(fd).st_atime_ns, metadata.mtime_ns))
             found = os.fstat(fd).st_mtime_ns
         if abs(found - metadata.mtime_ns) >= LONG_TICK:  # the kernel takes the nearest one, and says nothing
-            text = (
-                "Can't set the time of {filename}: its file system has no such time, leave out -t (-r -p -o -g for -a)"
-            )
+            text = "Can't set the time of {filename}: its file system has no such time (leave out -t, or -a)"
             raise FileError(text, filename=filename)
 
 
@@ -78,10 +76,7 @@ def try_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     """
     before = os.fstat(fd)
     mode = before.st_mode & MAX_MODE
-    tried = metadata._replace(
-        mode=None if metadata.mode is None else mode & (metadata.mode | OWNER_ONLY),
-        mtime_ns=None if metadata.mtime_ns is None else before.st_mtime_ns,
-    )
+    tried = metadata._replace(mode=None if metadata.mode is None else mode & (metadata.mode | OWNER_ONLY))
     try:
         write_metadata(fd, filename, tried)
     except FileError:
@@ -91,6 +86,9 @@ def try_metadata(fd: int, filename: str, metadata: Metadata) -> None:
     finally:
         with suppress(OSError):  # the group may be one that its owner isn't in
             _set_owner(fd, Metadata(uid=before.st_uid, gid=before.st_gid))
+        if metadata.mtime_ns is not None:
+            with suppress(OSError):
+                os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def try_new_metadata(folder: int, filename: str, metadata: Metadata) -> None:

@@ -131,10 +131,17 @@ def create_file(filename: str, namespace: Namespace, mode: int = DEFAULT_MODE) -
             mode |= stat.S_IRUSR | stat.S_IWUSR
             os.close(namespace.open(filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
         except FileExistsError:
-            try:
-                os.close(namespace.open(filename, os.O_PATH | os.O_CLOEXEC))
-            except FileNotFoundError:
+            if not _leads_somewhere(filename, namespace):
                 raise FileMissingError(DANGLING, filename=filename) from None
+
+
+def _leads_somewhere(filename: str, namespace: Namespace) -> bool:
+    try:
+        os.close(namespace.open(filename, os.O_PATH | os.O_CLOEXEC))
+    except FileNotFoundError:
+        os.close(namespace.open(filename, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))  # it may be gone by now
+        return False
+    return True
 
 
 def create_folder(filename: str, namespace: Namespace, mode: int = FOLDER_MODE) -> None:

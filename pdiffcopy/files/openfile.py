@@ -138,7 +138,7 @@ class OpenFile:
             *times,
             identify(status),
             mode=status.st_mode & MAX_MODE,
-            grain=get_grain(self.fd) if has_holes or not hides_holes(self.fd, status) else 0,
+            grain=get_grain(self.fd) if has_holes or not hides_holes(self.fd, status.st_size) else 0,
             has_holes=has_holes,
             allocated=min(status.st_blocks * 512, status.st_size),
             settles_ms=settles_ms,

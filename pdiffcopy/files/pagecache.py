@@ -109,6 +109,9 @@ class Visit:
 class Change(Visit):
     """The same for extents that are written, one after the other. What has been written leaves early."""
 
+    has_failed = False
+    """Whether the disk didn't take something."""
+
     def __enter__(self) -> Change:
         super().__enter__()
         self._steps = deque(cut(self.extents if self.guests else (), STEP))
@@ -146,7 +149,11 @@ class Change(Visit):
         step = self._behind.popleft()
         self._lag -= step.size
         guests = list(intersect(step, self.guests))
-        with translating("write", self.filename):
-            for guest in guests:
-                kernel.write_back(self.fd, *guest)
+        try:
+            with translating("write", self.filename):
+                for guest in guests:
+                    kernel.write_back(self.fd, *guest)
+        except FileError:
+            self.has_failed = True
+            raise
         self._drop(guests)

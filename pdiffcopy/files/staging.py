@@ -283,8 +283,7 @@ class NewVersion:
         if not old_id:
             yield
             return
-        old: LocalFile | None = self.open_old(old_id)
-        assert old
+        old = self.open_old(old_id)
         try:
             with old.claims.alone():
                 if os.fstat(old.fd).st_ctime_ns != ctime_ns:
@@ -293,11 +292,10 @@ class NewVersion:
                 yield
         finally:
             # Nobody has to wait until what is gone by now has left the page cache.
-            with suppress(RuntimeError):  # there may be no more threads
-                if old.size() > _LARGE:
-                    threading.Thread(target=old.close).start()
-                    old = None
-            if old:
+            close = threading.Thread(target=old.close).start if old.size() > _LARGE else old.close
+            try:
+                close()
+            except RuntimeError:  # there are no more threads
                 old.close()
 
 

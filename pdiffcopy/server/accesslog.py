@@ -15,12 +15,11 @@ import logging
 import logging.handlers
 import os
 import re
-import stat
 import sys
 from datetime import timedelta
 from typing import Any
 
-from pdiffcopy.exceptions import FileError, UsageError, printable
+from pdiffcopy.exceptions import FileError, printable
 from pdiffcopy.words import peek
 
 SENT = "pdiffcopy.sent"
@@ -49,9 +48,8 @@ def open_access_log(filename: str) -> None:
     :raises: :exc:`.FileError` when that's not possible.
     """
     try:
-        if filename != "-" and os.path.exists(filename) and stat.S_ISFIFO(os.stat(filename).st_mode):
-            # To open it would wait for a reader, and one that leaves would end the log.
-            raise UsageError("The access log {filename} is a FIFO: give a file, or - for stderr", filename=filename)
+        if filename != "-":  # a FIFO that nobody reads would be waited for, and is an error
+            os.close(os.open(filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
         handler = logging.StreamHandler() if filename == "-" else _Handler(filename, encoding="utf-8")
     except OSError as e:
         raise FileError.from_os_error(e, "write the access log", filename) from e

@@ -9,6 +9,8 @@ import socket
 import pytest
 import requests
 
+from pdiffcopy.server import accesslog
+from pdiffcopy.server.accesslog import open_access_log
 from tests.support import error_lines, exchange, find_free_port, run_pdiffcopy, wait_for, write_pattern
 
 TOKEN = "correct-horse-battery-staple"
@@ -142,9 +144,18 @@ def test_full_disk_does_not_end_the_server(launch, path):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_fifo_is_no_log(tmp_path):
-    """To open it would wait until somebody reads it."""
+def test_fifo_that_nobody_reads_is_not_waited_for(tmp_path):
+    """One that somebody reads is a log like any other (as stdout of a container often is)."""
     os.mkfifo(tmp_path / "log")
     result = run_pdiffcopy("--listen", f"127.0.0.1:{find_free_port()}", f"--access-log={tmp_path}/log")
     (line,) = error_lines(result)
-    assert result.returncode == 1 and "is a FIFO" in line
+    assert result.returncode == 1 and "Can't write the access log" in line
+    reader, writer = os.pipe()
+    try:
+        open_access_log(f"/proc/self/fd/{writer}")
+        accesslog._log.info("a line")
+        assert os.read(reader, 100).endswith(b" a line\n")
+    finally:
+        accesslog._log.handlers.pop().close()
+        os.close(reader)
+        os.close(writer)
