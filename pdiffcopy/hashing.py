@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from pdiffcopy.blocks import BlockDigest, Extent, Hole, align, find_layout
 from pdiffcopy.digests import digest_layout
-from pdiffcopy.exceptions import UsageError
+from pdiffcopy.exceptions import BusyError, UsageError, describe_error
 from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.methods import get_hasher
@@ -116,6 +116,18 @@ class _Here(Executor):
         return future
 
 
+def submit(executor: Executor, function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """
+    Give an executor something to do.
+
+    :raises: :exc:`.BusyError` when no more threads can be started.
+    """
+    try:
+        return executor.submit(function, *arguments)
+    except RuntimeError as e:
+        raise BusyError(describe_error(e)) from e
+
+
 class Hashers:
     """Threads that hash, for one reader or for many (a context manager)."""
 
@@ -167,7 +179,7 @@ class Hashers:
 
     def digest(self, file: OpenFile, extents: Sequence[Extent], size: int, method: str) -> list[str]:
         """Digest the pieces of some extents of an open file, see :meth:`.Replica.pieces`, in one of the threads."""
-        return self.executor.submit(_digest_pieces, file, extents, size, get_hasher(method)).result()
+        return submit(self.executor, _digest_pieces, file, extents, size, get_hasher(method)).result()
 
 
 def _digest_pieces(file: OpenFile, extents: Sequence[Extent], size: int, new_hasher: Callable[..., Any]) -> list[str]:
@@ -215,10 +227,12 @@ class _Stripes:
                 blocks, taken = min(blocks, LEAST_BLOCKS), 0
             end = min(self.position + blocks * self.block_size, hole.offset)
             grain = 0 if self._is_dense(end) else self.grain
-            work = self.hashers.executor.submit(
-                _hash_stripe, self.file, self.position, end, self.block_size, self.new_hasher, grain
-            )
-            self.pending.append((work, taken))
+            words = self.file, self.position, end, self.block_size, self.new_hasher, grain
+            try:
+                self.pending.append((submit(self.hashers.executor, _hash_stripe, *words), taken))
+            except BusyError:
+                self.hashers.budget.give(taken)
+                raise
             self.position = end
         return bool(self.pending)
 

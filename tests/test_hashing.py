@@ -16,9 +16,10 @@ import xxhash
 from pdiffcopy import hashing
 from pdiffcopy.blocks import Extent, Hole, find_layout
 from pdiffcopy.digests import digest_layout
-from pdiffcopy.exceptions import FileError, FileMissingError, UsageError
+from pdiffcopy.exceptions import BusyError, FileError, FileMissingError, UsageError
 from pdiffcopy.files.buffers import READ_SIZE
 from pdiffcopy.files.localfile import LocalFile
+from pdiffcopy.files.openfile import OpenFile
 from pdiffcopy.hashing import LEAST_BLOCKS, Budget, Hashers, compute_hashes, hash_worker
 from pdiffcopy.methods import get_hasher, get_methods
 from tests.support import wait_for, write_pattern
@@ -328,3 +329,21 @@ def test_file_that_is_shorter_than_expected_is_an_error(tmp_path):
     with LocalFile(str(tmp_path / "file")) as file, Hashers(2) as hashers:
         with pytest.raises(FileError, match="never was that long"):
             list(hashers.hash(file, 0, 4096, 1024, "sha1", 2))
+
+
+def test_lack_of_threads_takes_nothing_of_the_budget(tmp_path, monkeypatch):
+    """It may pass, and what nobody works on has no digests."""
+    write_pattern(tmp_path / "file", 10_000)
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    budget = Budget(100)
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    with OpenFile(str(tmp_path / "file")) as file, Hashers(2, budget) as hashers:
+        for _ in range(3):
+            with pytest.raises(BusyError, match="ulimit -u"):
+                list(hashers.hash(file, 0, 10_000, 100, "md5"))
+        with pytest.raises(BusyError, match="ulimit -u"):
+            hashers.digest(file, [Extent(0, 100)], 100, "md5")
+    assert budget.take(100)

@@ -55,7 +55,7 @@ def write_metadata(fd: int, filename: str, metadata: Metadata) -> None:
             found = os.fstat(fd).st_mtime_ns
         if abs(found - metadata.mtime_ns) >= LONG_TICK:  # the kernel takes the nearest one, and says nothing
             text = "Can't set the time of {filename}: its file system has no such time (leave out -t, or -a)"
-            raise FileError(text, filename=filename)
+            raise FileForbiddenError(text, filename=filename)
 
 
 def write_folder_metadata(fd: int, filename: str, metadata: Metadata) -> None:

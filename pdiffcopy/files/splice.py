@@ -12,6 +12,8 @@ import fcntl
 import os
 import select
 import socket
+import struct
+import termios
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import GEN_SUSPENDED, getgeneratorstate
@@ -109,20 +111,24 @@ class Parts:
     """
     Cuts chunks into parts of certain sizes.
 
-    They are consumed one after the other. One that nobody has begun to consume is skipped by the next one.
+    They are consumed one after the other. What nobody has consumed of one is skipped by the next one: all of it, or the
+    rest of it when its reader has failed halfway.
     """
 
     def __init__(self, chunks: Iterable[Chunk]):
         """:param chunks: The bytes, cut anywhere."""
         self._chunks = iter(chunks)
+        self._piece: memoryview | Piped = memoryview(b"")
+        """What was passed on last, and may have been consumed in part."""
         self._rest: memoryview | Piped = memoryview(b"")
+        """What of the same chunk hasn't been passed on."""
         self._last: Generator[Chunk, None, None] | None = None
 
     def take(self, size: int) -> Generator[Chunk, None, None]:
         """
         Return the chunks of the next part.
 
-        :raises: :exc:`PartsError` when there are fewer bytes, or when a part before this one was abandoned halfway.
+        :raises: :exc:`PartsError` when there are fewer bytes.
         """
         self._last = self._take(size, self._last)
         return self._last
@@ -143,7 +149,7 @@ class Parts:
 
     def _take(self, size: int, before: Generator[Chunk, None, None] | None) -> Generator[Chunk, None, None]:
         if before and getgeneratorstate(before) == GEN_SUSPENDED:
-            raise PartsError("a part was abandoned halfway")
+            self._drop_piece()
         for chunk in before or ():
             bytes(chunk)
         while size:
@@ -154,9 +160,25 @@ class Parts:
                 self._rest = following if isinstance(following, Piped) else memoryview(following)
                 continue
             count = min(size, len(self._rest))
-            piece, self._rest = self._rest[:count], self._rest[count:]
-            yield piece
+            self._piece, self._rest = self._rest[:count], self._rest[count:]
+            yield self._piece
             size -= count
+
+    def _drop_piece(self) -> None:
+        """
+        Throw away what its reader has left of a piece when it failed.
+
+        What lies in memory needs no care. A piece in a pipe was cut by its reader, and moved in steps of which the last
+        one may have been done in part, so only the pipe knows how much is left: that, and what follows in its chunk.
+        """
+        if isinstance(self._piece, Piped):
+            left = _count_bytes(self._piece.pipe) - len(self._rest)
+            bytes(Piped(self._piece.pipe, left))
+
+
+def _count_bytes(pipe: int) -> int:
+    """How many bytes are in a pipe (pipe(7), ``FIONREAD``)."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
 def receive(sock: int, size: int, timeout: float | None = None, step: int = PIPE_SIZE) -> Iterator[Piped]:

@@ -35,6 +35,13 @@ _log.propagate = False
 class _Handler(logging.handlers.WatchedFileHandler):
     """Goes on in a new file when the old one was renamed (logrotate), and survives a full disk."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging for each line. What keeps a new file from being opened arrives nowhere else."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (called by logging)
         """Called by logging when a line can't be written."""
         logging.getLogger(__name__).error("Can't write the access log: %s", sys.exc_info()[1])

@@ -40,7 +40,7 @@ from pdiffcopy.exceptions import (
 )
 from pdiffcopy.files.confinement import Root, contain
 from pdiffcopy.files.names import Namespace
-from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers
+from pdiffcopy.hashing import HEARTBEAT, STRIPE_BLOCKS, Budget, Hashers, submit
 from pdiffcopy.localreplica import LocalReplica
 from pdiffcopy.pace import make_pace
 from pdiffcopy.replica import Reading
@@ -290,14 +290,14 @@ def _report(lines: Iterable[bytes]) -> Iterator[bytes]:
 def _collect(entries: Iterator[Entry]) -> Iterator[bytes]:
     """Make the lines of a list, some entries at a time."""
     with ThreadPoolExecutor(1) as executor:
-        while found := (yield from _await(executor.submit(lambda: list(islice(entries, _ENTRIES))))):
+        while found := (yield from _await(submit(executor, lambda: list(islice(entries, _ENTRIES))))):
             yield streams.add_check(streams.format_entries(found))
 
 
 def _do(work: Callable[[], str | None]) -> Iterator[bytes]:
     """Do what takes long, and make a line of what comes of it."""
     with ThreadPoolExecutor(1) as executor:
-        result = yield from _await(executor.submit(work))
+        result = yield from _await(submit(executor, work))
         yield f"{result or ''}\n".encode("ascii")
 
 

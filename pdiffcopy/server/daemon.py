@@ -24,7 +24,7 @@ from gunicorn.workers import base
 from gunicorn.workers.workertmp import WorkerTmp
 
 from pdiffcopy.address import join_host_port
-from pdiffcopy.exceptions import AbsentError, UsageError
+from pdiffcopy.exceptions import AbsentError, FileError, UsageError
 from pdiffcopy.files.sockets import allow_kernel_encryption, get_socket_options
 from pdiffcopy.server import visitors
 from pdiffcopy.server.accesslog import SENT, log_access
@@ -169,7 +169,10 @@ class _Logger(glogging.Logger):
 
     def exception(self, msg: Any, *args: Any, **kwargs: Any) -> None:
         """A client that stalls (that's what these errors mean here) is no reason to print a traceback."""
-        if not isinstance(sys.exc_info()[1], (BlockingIOError, TimeoutError, AbsentError)):
+        error = sys.exc_info()[1]
+        if isinstance(error, FileError):  # the file became shorter, or the disk can't be read, after the head was sent
+            self.error("%s", error)
+        elif not isinstance(error, (BlockingIOError, TimeoutError, AbsentError)):
             super().exception(msg, *args, **kwargs)
 
     def access(self, resp: Any, req: Any, environ: dict[str, Any], request_time: timedelta) -> None:
@@ -188,7 +191,9 @@ def _check_address(host: str, port: int) -> None:
     deadline = time.monotonic() + _FREED_WITHIN
     while True:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            wanted = socket.AF_INET6 if ":" in host else socket.AF_INET  # as gunicorn takes a name
+            found = socket.getaddrinfo(host, port, wanted, socket.SOCK_STREAM)
+            family, kind, protocol, _, address = found[0]
             with socket.socket(family, kind, protocol) as listener:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)

@@ -29,7 +29,7 @@ from pdiffcopy.bundles import (
     encode_answers,
     encode_frame,
 )
-from pdiffcopy.exceptions import RequestError, TooLargeError
+from pdiffcopy.exceptions import AbsentError, RequestError, TooLargeError
 from pdiffcopy.files.splice import Chunk, Parts, PartsError
 from pdiffcopy.files.stored import Joined
 from pdiffcopy.localreplica import LocalReplica
@@ -102,7 +102,7 @@ class _Answer:
         started = time.monotonic()
         try:
             part = self._answer(request, body)
-        except PartsError:
+        except (AbsentError, PartsError):  # of what isn't there nobody knows where the next part begins
             raise
         except Exception as e:
             response = self.handle_error(e)

@@ -416,9 +416,58 @@ def test_parts_that_are_too_long(chunks):
         parts.end()
 
 
-def test_part_that_was_abandoned_ends_all(piped):
-    """Nobody knows how much of a chunk in a pipe has been consumed."""
-    parts = splice.Parts([piped(b"abcdef")])
-    next(parts.take(3))
-    with pytest.raises(splice.PartsError, match="abandoned"):
-        parts.take_bytes(3)
+@pytest.mark.parametrize("consumed", [0, 1, 2, 3])
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_rest_of_a_part_whose_reader_fails_is_skipped(piped, is_piped, consumed):
+    """However much of its last piece was consumed, by a slice of it: the next part is what it is."""
+    parts = splice.Parts([piped(b"abcdef") if is_piped else b"abcdef", b"gh", memoryview(b"ijk")])
+    bytes(next(parts.take(3))[:consumed])
+    assert parts.take_bytes(2) == b"de"
+    bytes(next(parts.take(4))[:consumed])  # it goes on in the chunks after that one
+    assert parts.take_bytes(1) == b"j"
+    bytes(next(parts.take(1))[:consumed])
+    parts.end()
+
+
+def test_rest_of_a_part_that_a_disk_did_not_take_is_skipped(connection, small_disk):
+    """A splice that was done in part, and the slices that nobody has come to, are no riddle."""
+    near, far = connection
+    head, large, small = make_data(1000), make_data(3 * PIPE_SIZE), make_data(5000)
+    thread = send_all(far, head + large + small + head)
+    with closing(receive(near.fileno(), 2 * len(head) + len(large) + len(small))) as chunks:
+        parts = splice.Parts(chunks)
+        assert parts.take_bytes(len(head)) == head
+        with (small_disk / "file").open("wb") as handle, pytest.raises(OSError) as info:
+            for offset, piece in splice.spread([splice.Extent(0, len(large))], parts.take(len(large))):
+                piece[:100].move_to(handle.fileno(), offset)
+                piece[100:].move_to(handle.fileno(), offset + 100)
+        assert info.value.errno == errno.ENOSPC
+        assert parts.take_bytes(len(small)) == small
+        assert parts.take_bytes(len(head)) == head
+        parts.end()
+    thread.join()
+
+
+def test_rest_of_a_part_that_was_read_and_not_written_is_skipped(connection, tmp_path, monkeypatch):
+    """Where splicing isn't possible, what was taken out of the pipe is gone when it can't be written."""
+    near, far = connection
+    monkeypatch.setattr(os, "splice", _refuse_files(os.splice))
+    monkeypatch.setattr(os, "pwrite", _refuse_files())
+    thread = send_all(far, bytes(100_000) + b"next")
+    with closing(receive(near.fileno(), 100_004)) as chunks, (tmp_path / "file").open("wb") as handle:
+        parts = splice.Parts(chunks)
+        with pytest.raises(OSError):
+            for piece in parts.take(100_000):
+                piece.move_to(handle.fileno(), 0)
+        assert parts.take_bytes(4) == b"next"
+        parts.end()
+    thread.join()
+
+
+def _refuse_files(splice=None):
+    def refuse(*args, **options):
+        if splice and "offset_dst" not in options:  # from a socket
+            return splice(*args, **options)
+        raise OSError(errno.EINVAL if splice else errno.ENOSPC, "")
+
+    return refuse

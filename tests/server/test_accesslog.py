@@ -159,3 +159,19 @@ def test_fifo_that_nobody_reads_is_not_waited_for(tmp_path):
         accesslog._log.handlers.pop().close()
         os.close(reader)
         os.close(writer)
+
+
+def test_folder_that_is_gone_for_a_while_ends_nothing(tmp_path, caplog):
+    """A line is lost then, and no request."""
+    (tmp_path / "logs").mkdir()
+    open_access_log(f"{tmp_path}/logs/log")
+    try:
+        accesslog._log.info("one")
+        (tmp_path / "logs").rename(tmp_path / "elsewhere")
+        accesslog._log.info("two")
+        assert "Can't write the access log" in caplog.text
+        (tmp_path / "elsewhere").rename(tmp_path / "logs")
+        accesslog._log.info("three")
+    finally:
+        accesslog._log.handlers.pop().close()
+    assert [line.split()[-1] for line in (tmp_path / "logs/log").read_text().splitlines()] == ["one", "three"]
