@@ -9,14 +9,14 @@ import socket
 import stat
 import subprocess
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pdiffcopy.address import Address
-from pdiffcopy.client import Client, Network
+from pdiffcopy.client import Client, Network, many
 from pdiffcopy.client.flight import MAX_SMALL
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.summary import FileReport, Summary
@@ -209,6 +209,17 @@ def test_two_names_of_one_file_on_both_sides_are_done_once(tmp_path, place):
         (target / "a").write_bytes(b"different once more")
 
 
+def test_two_names_of_one_file_get_a_new_version_each(tmp_path, place):
+    """A dry run says so, too."""
+    source, target = make_tree(tmp_path / "source", a=1), make_tree(tmp_path / "target", a=2)
+    for folder in (source, target):
+        os.link(folder / "a", folder / "b")
+    for options in (["-n"], []):
+        report = run("-r", "--atomic", *options, *place(source, target))
+        assert (report["updated"], report["skipped"]) == (2, {})
+    assert read_tree(target) == read_tree(source)
+
+
 @pytest.mark.parametrize("options", [(), ("-r",)])
 def test_target_that_is_another_source_is_refused(tmp_path, options):
     """Otherwise a source would be overwritten."""
@@ -247,12 +258,66 @@ def test_folders_that_lie_in_each_other_are_refused(server, tmp_path, place_of):
     }[place_of]
     before = read_tree(tmp_path)
     remote = [f"127.0.0.1:{server.port}{path}" for path in (source, target)]
-    for locations in ((source, target), remote, *([] if "new" in place_of else [(remote[0], target)])):
+    for locations in ((source, target), remote, (remote[0], target)):
         result = run_pdiffcopy("-r", *locations)
         (line,) = error_lines(result)
         assert result.returncode == 1
         assert any(text in line for text in ("is the source", "lies in", "are the same folder"))
         assert read_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "way", ["server of the folder", "another name of a server", "bind mount", "link behind a server"]
+)
+def test_new_folder_in_the_source_is_refused_on_any_way(launch, tmp_path, way):
+    """The first run could do it, and the next one would copy the copy."""
+    source = make_tree(tmp_path / "source", a=1, inner__b=2)
+    (tmp_path / "link").symlink_to("source/inner")
+    (tmp_path / "mounted").mkdir()
+    server = launch(*(("--root", str(source)) if way == "server of the folder" else ()))
+    with bound(source, tmp_path / "mounted") if way == "bind mount" else nullcontext():
+        locations = {
+            "server of the folder": (source, server.location("/inner/new/x")),
+            "another name of a server": (server.location(source), f"localhost:{server.port}{source}/new"),
+            "bind mount": (source, tmp_path / "mounted/inner/new"),
+            "link behind a server": (server.location(source), server.location(f"{tmp_path}/link/new")),
+        }[way]
+        before = read_tree(source)
+        result = run_pdiffcopy("-r", *locations)
+        (line,) = error_lines(result)
+        assert result.returncode == 1 and "lies in" in line
+        assert read_tree(source) == before
+
+
+@pytest.mark.parametrize("direction", ["local", "upload"])
+def test_owners_that_can_not_be_are_refused_once(launch, tmp_path, direction):
+    """For the first new thing, which stands for all of them, and before anything is touched."""
+    source = make_tree(tmp_path / "source", a=1, x__b=2, x__y__c=3)
+    for path in (source, *source.rglob("*")):
+        os.chown(path, 1234, 5678)
+    server = launch(prefix=UNPRIVILEGED if direction == "upload" else ())
+    target = server.location(tmp_path / "target") if direction == "upload" else tmp_path / "target"
+    result = run_pdiffcopy("-a", source, target, prefix=UNPRIVILEGED if direction == "local" else ())
+    (line,) = error_lines(result)
+    assert result.returncode == 1 and "only root can" in line
+    assert not (tmp_path / "target").exists()
+
+
+def test_file_that_vanishes_after_it_was_listed_has_changed(tmp_path, place, monkeypatch):
+    """As one that vanishes while it is copied: to run again helps."""
+    source = make_tree(tmp_path / "source", a=1, b=2)
+    make_folders = many.make_folders
+
+    def make_and_remove(*arguments):
+        yield from make_folders(*arguments)
+        (source / "a").unlink()
+
+    monkeypatch.setattr(many, "make_folders", make_and_remove)
+    location, target = place(source, tmp_path / "target")
+    files = {Path(file.source.filename).name: file for file in
+             Client(source=location, target=target, recursive=True).run_files()}  # fmt: skip
+    assert (files["a"].error.exit_code, files["b"].error) == (SourceChangedError.exit_code, None)
+    assert "identity" in str(files["a"].error)
 
 
 def test_folder_within_the_other_one_is_fine_if_it_is_not_read(tmp_path):

@@ -8,8 +8,9 @@ when all files are done, since each new file moves the time of its folder; set-i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from typing import TypeVar
 
 from pdiffcopy.blocks import FOLDER_MODE, MAX_MODE, Metadata
@@ -21,13 +22,39 @@ from pdiffcopy.client.selection import Selection
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.client.sides import Files, group_files
 from pdiffcopy.client.summary import FileReport
-from pdiffcopy.exceptions import ProgramError
+from pdiffcopy.exceptions import FileMissingError, ProgramError
 from pdiffcopy.replica import Replica
 
 T = TypeVar("T")
 
 AT_A_TIME = 32
 """How many folders are asked for in one exchange."""
+
+
+def check_owner(selection: Selection, options: Options, servers: Servers) -> None:
+    """
+    Refuse owner and group that nothing new may get there, before there is anything new.
+
+    What comes first stands for all of it. What else is wrong with that is for its own turn to tell.
+
+    :raises: :exc:`.FileForbiddenError` when they can't be set.
+    """
+    if not (selection.is_tree and (options.owner or options.group)):
+        return  # of several sources each may be somebody else's
+    new = next((chosen for chosen in chain(selection.folders, selection.files) if chosen.is_new), None)
+    if not new:
+        return
+    source, target = (servers.open(address) for address in selection.locate(new.name))
+    source.is_folder = new in selection.folders
+    try:
+        check_writable(target.label, target.info()[1])
+        metadata = options.select(source.metadata())._replace(mode=None, mtime_ns=None)
+    except ProgramError as e:
+        if not concerns_one_file(e):
+            raise
+        return
+    with suppress(FileMissingError):  # a server that is too old for it
+        target.set_metadata(metadata, in_advance=True)
 
 
 def make_folders(selection: Selection, servers: Servers) -> Iterator[FileReport]:

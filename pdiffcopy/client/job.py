@@ -89,6 +89,8 @@ class Job:
         self.source, self.target = self._inspect()
         source, target = self.source, self.target
         if not source.info.exists:
+            if self.source_address.within:  # it was there when its folder was listed
+                raise SourceChangedError.of(source.replica.label, "identity")
             text = "The source {label} doesn't exist" + ("" if source.peer.features else OR_OTHER)
             raise FileMissingError(text, label=source.replica.label)
         if self.source_address.is_same(self.target_address) or source.info.file_id == target.info.file_id != "":

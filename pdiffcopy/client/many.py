@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from pdiffcopy.client.folders import complete_folders, make_folders
+from pdiffcopy.client.folders import check_owner, complete_folders, make_folders
 from pdiffcopy.client.job import Job
 from pdiffcopy.client.run import Run
 from pdiffcopy.client.selection import Selection
@@ -39,9 +39,11 @@ def bring_all(selection: Selection, run: Run, summary: Summary | None = None) ->
 
 
 def _bring(selection: Selection, run: Run) -> Iterator[FileReport]:
+    is_dry = run.options.dry_run
+    if not is_dry:
+        check_owner(selection, run.options, run.servers)
     for name, error in selection.failed.items():
         yield FileReport(*selection.locate(name), error=error)
-    is_dry = run.options.dry_run
     if not is_dry:
         yield from make_folders(selection, run.servers)
     yield from _bring_files(selection, run)

@@ -19,6 +19,7 @@ from pdiffcopy.client.selection import Chosen, Selection
 from pdiffcopy.client.servers import Servers
 from pdiffcopy.entries import MAX_DEPTH, Entry, Kind
 from pdiffcopy.exceptions import FileMissingError, UsageError
+from pdiffcopy.files.names import make_absolute
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,12 @@ def select_tree(
     root, other_root = take_first(ours, source_replica.label, "-r"), take_first(theirs, target_replica.label, "-r")
     _check_roots(root, other_root, selection)
     chooser = _Chooser(rules, selection)
+    chooser.folders[root.file_id] = ""
     chooser.choose(root, other_root)
     for entry, there in match(ours, theirs):
         chooser.look_at(entry, there)
     if other_root.kind is Kind.MISSING:
-        chooser.check_new(selection.target)
+        chooser.check_new(selection.target, servers)
     selection.check()
     for rule in chooser.idle:
         logger.info("No name in %s was left for %s", source_replica.label, rule)
@@ -95,6 +97,8 @@ class _Chooser:
         """The rules that haven't decided anything yet."""
         self.pending: list[tuple[Entry, Entry]] = []
         """The excluded folders in which the current entry lies: they are needed if anything in them is chosen."""
+        self.folders: dict[str, str] = {}
+        """The names of all folders of the source, by what they are, whether they're chosen or not."""
         self.has_warned = False
         self.closed = Entry("", Kind.MISSING)
         """The last folder of the target that may not be read: nothing in it is chosen."""
@@ -103,6 +107,8 @@ class _Chooser:
         """Choose what is an entry of the source, or don't."""
         while self.pending and not _lies_in(entry, self.pending[-1][0]):
             self.pending.pop()
+        if entry.kind is Kind.FOLDER and entry.file_id:
+            self.folders[entry.file_id] = entry.name
         if entry.kind is Kind.UNREADABLE:
             self._judge_unreadable(entry.name)
         elif entry.kind not in (Kind.FILE, Kind.FOLDER):
@@ -163,14 +169,21 @@ class _Chooser:
         choose = selection.choose if entry.kind is Kind.FILE else selection.choose_folder
         choose(Chosen(entry.size, entry.name, there.kind is Kind.MISSING), entry.file_id, there.file_id)
 
-    def check_new(self, target: Address) -> None:
+    def check_new(self, target: Address, servers: Servers) -> None:
         """Refuse a new folder in the source that the next run would copy into itself."""
-        source = self.selection.root
-        resolve = os.path.realpath if target.is_near else os.path.normpath
-        inner, outer = (os.path.join(resolve(folder.filename), "") for folder in (target, source))
-        if source.origin == target.origin and inner.startswith(outer) and self._is_included(inner[len(outer) : -1]):
+        names: list[str] = []
+        filename = make_absolute(target.filename) if target.is_near else target.filename
+        kind, place = Kind.MISSING, target._replace(filename=filename)
+        while kind is Kind.MISSING and place.filename != "/":
+            folder, name = os.path.split(place.filename.rstrip("/"))
+            names.insert(0, name)
+            place = place._replace(filename=folder or "/")
+            entry = take_first(servers.open(place).entries(0), str(place))
+            kind = entry.kind
+        within = self.folders.get(entry.file_id) if entry.file_id else None
+        if within is not None and self._is_included("/".join([within, *names] if within else names)):
             text = "{target} lies in {source}: choose another place, or exclude it"
-            raise UsageError(text, target=str(target), source=str(source))
+            raise UsageError(text, target=str(target), source=str(self.selection.root))
 
 
 def _lies_in(entry: Entry, folder: Entry) -> bool:

@@ -32,7 +32,7 @@ def part_twins(selection: Selection, servers: Servers, is_dry: bool) -> Iterator
             continue
         seen.add(other)
         are_one = [_are_one(selection, side, file.name, other, servers) for side in (0, 1)]
-        if all(are_one):
+        if all(are_one) and not (is_dry and selection.replaces):  # a new version would part them
             selection.skip(file.name, "hard link")
         elif is_dry or not are_one[1]:
             selection.files.append(file)
