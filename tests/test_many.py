@@ -611,7 +611,10 @@ def test_archive_keeps_the_metadata_of_folders(tmp_path, place, tree):
         before, after = folder.stat(), (target / folder.relative_to(tree)).stat()
         assert (after.st_mode & 0o777, after.st_mtime_ns) == (before.st_mode & 0o777, before.st_mtime_ns)
     assert (target / folders[-1].relative_to(tree)).stat().st_mode & 0o7000 == 0o2000
+    # Nobody writes to what is as it should be.
+    changed = [(target / folder.relative_to(tree)).stat().st_ctime_ns for folder in folders]
     assert run("-a", *place(tree, target))["failed"] == 0
+    assert changed == [(target / folder.relative_to(tree)).stat().st_ctime_ns for folder in folders]
 
 
 def test_new_folders_are_for_nobody_else(tmp_path, place):

@@ -86,20 +86,27 @@ def make_folders(selection: Selection, servers: Servers) -> Iterator[FileReport]
 
 def complete_folders(selection: Selection, options: Options, servers: Servers) -> Iterator[FileReport]:
     """
-    Give folders the metadata of their sources, those first that lie in others.
+    Give folders the metadata of their sources, those first that lie in others, unless they have them.
 
     :returns: A generator of those that can't get it.
     """
     for names in _cut([folder.name for folder in reversed(selection.folders) if folder.name not in selection.failed]):
         sources, targets = _open(selection, servers, names)
-        found = enumerate(_ask(servers, partial(sources.metadata, range(len(names)))))
-        wanted = {i: _select(options, metadata) for i, metadata in found if metadata}
-        is_done = _ask(servers, partial(targets.set_metadata, wanted))
-        done = set(compress(wanted, is_done))
+        ours, theirs = (
+            [
+                metadata and _without_set_id(metadata)
+                for metadata in _ask(servers, partial(side.metadata, range(len(names))))
+            ]
+            for side in (sources, targets)
+        )
+        done = {i for i in range(len(names)) if options.are_alike(ours[i], theirs[i])}
+        wanted = {i: options.select(metadata) for i, metadata in enumerate(ours) if metadata and i not in done}
+        is_done = _ask(servers, partial(targets.set_metadata, wanted)) if wanted else []
+        done.update(compress(wanted, is_done))
         for i in sorted(set(range(len(names))) - done):
             try:
-                metadata = _select(options, sources.replicas[i].metadata())
-                targets.replicas[i].set_metadata(metadata)
+                metadata = _without_set_id(sources.replicas[i].metadata())
+                targets.replicas[i].set_metadata(options.select(metadata))
             except ProgramError as e:
                 yield FileReport(*selection.locate(names[i]), error=e)
 
@@ -118,8 +125,8 @@ def _ask(servers: Servers, action: Callable[[], T]) -> T:
     return Patience(servers.network.retries).persist(action)
 
 
-def _select(options: Options, metadata: Metadata) -> Metadata:
-    return options.select(metadata._replace(mode=_get_mode(metadata)))
+def _without_set_id(metadata: Metadata) -> Metadata:
+    return metadata._replace(mode=_get_mode(metadata))
 
 
 def _get_mode(metadata: Metadata) -> int:

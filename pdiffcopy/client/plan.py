@@ -55,6 +55,18 @@ class Options(NamedTuple):
             mtime_ns=metadata.mtime_ns if self.times else None,
         )
 
+    def are_alike(self, ours: Metadata | None, theirs: Metadata | None) -> bool:
+        """Whether a target is known to have all of the metadata that it is to have."""
+        if not (ours and theirs):
+            return False
+        wanted, found = self.select(ours), self.select(theirs)
+        # The number of somebody whose name is known on both sides doesn't count.
+        if wanted.owner and found.owner:
+            wanted, found = wanted._replace(uid=None), found._replace(uid=None)
+        if wanted.group and found.group:
+            wanted, found = wanted._replace(gid=None), found._replace(gid=None)
+        return wanted == found
+
     @property
     def wants_metadata(self) -> bool:
         """Whether the target is to have any metadata of the source."""

@@ -119,7 +119,7 @@ class _Group:
         plans = {i: plan for i, mine in ours if mine and (plan := self._judge(i, mine, there[i], question))}
         if self.options.wants_metadata and not self.options.dry_run:
             have = [dict(zip(plans, side.metadata(list(plans)), strict=True)) for side in (self.sources, self.targets)]
-            plans = {i: plan for i, plan in plans.items() if self._is_like(have[0][i], have[1][i])}
+            plans = {i: plan for i, plan in plans.items() if self.options.are_alike(have[0][i], have[1][i])}
             plans = {i: plans[i] for i in self._find_unchanged({i: self.jobs[i].source.info for i in plans})}
         for i, plan in plans.items():
             job, blocks = self.jobs[i], count_blocks(plan.size, plan.block_size)
@@ -137,18 +137,6 @@ class _Group:
         is_one = job.source_address.is_same(job.target_address) or ours.info.file_id == theirs.info.file_id
         is_equal = ours.digest == theirs.digest != "" and ours.info.size == theirs.info.size
         return plan if is_equal and not is_one else None
-
-    def _is_like(self, ours: Metadata | None, theirs: Metadata | None) -> bool:
-        """Whether a target has all of the metadata that it is to have."""
-        if not (ours and theirs):
-            return False
-        wanted, found = self.options.select(ours), self.options.select(theirs)
-        # The number of somebody whose name is known on both sides doesn't count.
-        if wanted.owner and found.owner:
-            wanted, found = wanted._replace(uid=None), found._replace(uid=None)
-        if wanted.group and found.group:
-            wanted, found = wanted._replace(gid=None), found._replace(gid=None)
-        return wanted == found
 
     # What is missing {{{1
 
