@@ -707,6 +707,8 @@ def test_empty_folder_makes_a_folder(tmp_path, place):
 def test_folder_that_can_not_get_its_metadata_is_a_failure(tmp_path, monkeypatch):
     """The files are done all the same."""
     source = make_tree(tmp_path / "source", a__f=1)
+    for folder in (source / "a", source):
+        folder.chmod(0o500)  # which new ones don't have until all is in them
     monkeypatch.setattr("pdiffcopy.localreplica.write_folder_metadata", _refuse)
     client = Client(source=str(source), target=str(tmp_path / "target"), recursive=True, perms=True)
     summary = Summary()
