@@ -55,14 +55,21 @@ def open_access_log(filename: str) -> None:
     :raises: :exc:`.FileError` when that's not possible.
     """
     try:
-        if filename != "-":  # a FIFO that nobody reads would be waited for, and is an error
-            os.close(os.open(filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
-        handler = logging.StreamHandler() if filename == "-" else _Handler(filename, encoding="utf-8")
+        handler = logging.StreamHandler() if filename == "-" else _open(filename)
     except OSError as e:
         raise FileError.from_os_error(e, "write the access log", filename) from e
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
+
+
+def _open(filename: str) -> _Handler:
+    """Open a log. A FIFO that nobody reads would be waited for, and is an error."""
+    fd = os.open(filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        return _Handler(filename, encoding="utf-8")
+    finally:
+        os.close(fd)  # now, and not before: its reader would take that for the end
 
 
 def log_access(environ: dict[str, Any], status: int, size: int, duration: timedelta) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import requests
 
+from pdiffcopy.exceptions import FileError
 from pdiffcopy.server import accesslog
 from pdiffcopy.server.accesslog import open_access_log
 from tests.support import error_lines, exchange, find_free_port, run_pdiffcopy, wait_for, write_pattern
@@ -159,6 +163,35 @@ def test_fifo_that_nobody_reads_is_not_waited_for(tmp_path):
         accesslog._log.handlers.pop().close()
         os.close(reader)
         os.close(writer)
+
+
+@pytest.mark.usefixtures("no_hang")
+def test_reader_of_a_fifo_is_there_for_all_lines(tmp_path, monkeypatch):
+    """It doesn't take for the end that the log is tried before it's opened."""
+
+    class Late(accesslog._Handler):
+        def __init__(self, *arguments, **options):
+            time.sleep(0.3)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(accesslog, "_Handler", Late)
+    os.mkfifo(tmp_path / "log")
+    with ThreadPoolExecutor(1) as executor:
+        text = executor.submit((tmp_path / "log").read_text)
+        wait_for(partial(_open_log, f"{tmp_path}/log"), what="the reader")
+        try:
+            accesslog._log.info("a line")
+        finally:
+            accesslog._log.handlers.pop().close()
+        assert text.result(10).endswith(" a line\n")
+
+
+def _open_log(filename):
+    try:
+        open_access_log(filename)
+    except FileError:  # there's no reader yet
+        return False
+    return True
 
 
 def test_folder_that_is_gone_for_a_while_ends_nothing(tmp_path, caplog):
