@@ -21,8 +21,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+MORE_PROCESSES = "more processes have to be allowed (ulimit -u, or TasksMax of a systemd unit)"
+"""What helps where no process or thread can be started."""
 REMEDIES = {
-    errno.EAGAIN: "more processes have to be allowed (ulimit -u, or TasksMax of a systemd unit)",
     errno.EMFILE: "more open files have to be allowed (ulimit -n)",
     errno.ENFILE: "this machine has no room for more open files",
 }
@@ -32,7 +33,7 @@ REMEDIES = {
 def describe_error(error: BaseException) -> str:
     """Say in one line what went wrong, of errors that aren't ours."""
     if isinstance(error, RuntimeError) and "start new thread" in str(error):  # there's no class for that
-        return f"Can't start a thread: {REMEDIES[errno.EAGAIN]}"
+        return f"Can't start a thread: {MORE_PROCESSES}"
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return printable(f"The operating system says: {error.strerror}{where}")
@@ -212,7 +213,7 @@ class FileError(ProgramError):
     def from_os_error(cls, error: OSError, action: str, filename: str) -> FileError:
         """Choose the most specific class for an :exc:`OSError`."""
         kind = _FILE_ERRORS.get(error.errno or 0, cls)
-        remedy = REMEDIES.get(error.errno or 0) if error.errno != errno.EAGAIN else ""  # a file may have another reason
+        remedy = REMEDIES.get(error.errno or 0)
         reason = (error.strerror or str(error)) + (f": {remedy}" if remedy else "")
         return kind("Can't {action} {filename}: {reason}", action=action, filename=filename, reason=reason)
 

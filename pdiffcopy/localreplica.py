@@ -129,7 +129,8 @@ class LocalReplica(Replica):
         file = self._open()  # now, and not when the first digest is asked for
         if stop is None:
             stop = file.size()
-        self._check_range(file, [Extent(0, stop)])
+        else:
+            self._check_range(file, [Extent(0, stop)])
         return self._hash(file, block_size, method, concurrency, start, stop, grain)
 
     def _hash(

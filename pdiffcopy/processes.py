@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
-from pdiffcopy.exceptions import REMEDIES, WorkerError
+from pdiffcopy.exceptions import MORE_PROCESSES, REMEDIES, WorkerError
 
 _thread = threading.local()
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM}
@@ -51,6 +51,7 @@ def _get_context() -> Any:
     return multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
 
 
+_REMEDIES = {errno.EAGAIN: MORE_PROCESSES, **REMEDIES}
 _NO_SHARED_MEMORY = "shared memory is needed, see that there is a /dev/shm that this user can write to"
 
 
@@ -62,7 +63,7 @@ def _explaining(missing: str = "") -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError) as e:  # Python has no error of its own for "can't start new thread"
         number = e.errno if isinstance(e, OSError) else errno.EAGAIN if isinstance(e, RuntimeError) else None
         reason = getattr(e, "strerror", "") or str(e) or "out of memory"
-        if remedy := REMEDIES.get(number or 0, missing):
+        if remedy := _REMEDIES.get(number or 0, missing):
             reason += f": {remedy}"
         raise WorkerError("Can't start child processes: {reason}", reason=reason) from e
 

@@ -202,8 +202,7 @@ class Comparison:
                 layout = ""
             elif fill == HOLES:
                 layout = self._get_hole_layout(Extent(offset, size))
-            matters = is_auto or (fill == HOLES and self.sparse is Sparse.ALWAYS)
-            changed = not (is_alike and (layout == their_layout or not matters))
+            changed = not (is_alike and (layout == their_layout or not (is_auto or fill == HOLES)))
             is_whole = not fill and their_layout != layout
         return Block(offset, size, changed, digest, fill, -(-size // self.block_size), changed and is_whole)
 

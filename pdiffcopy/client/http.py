@@ -7,7 +7,6 @@ answer is passed on that belongs to another request.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import ssl
@@ -47,7 +46,6 @@ from pdiffcopy.words import ANSWER_HEADER, DIGEST_HEADER, REQUEST_HEADER, check_
 
 _NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 """What comes of a bad network or a bad server (a chunk of negative size is a :exc:`ValueError` in http.client)."""
-_LIMITS = (errno.EMFILE, errno.ENFILE)
 _NO_TLS = frozenset(["WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"])
 """What OpenSSL calls an answer that isn't TLS."""
 _OTHER_NAMES = frozenset([62, 64])
@@ -186,8 +184,8 @@ class HttpServer:
             is_other = doubts[0].verify_code in _OTHER_NAMES
             remedy = "call it by that of its certificate" if is_other else "--ca-file names an authority to trust"
             kind, reason = RemoteError, f"{doubts[0].verify_message} ({remedy})"
-        elif limits := [cause for cause in causes if isinstance(cause, OSError) and cause.errno in _LIMITS]:
-            kind, reason = RemoteError, f"{reason}: {REMEDIES[limits[0].errno or 0]}"
+        elif remedies := [REMEDIES[c.errno or 0] for c in causes if isinstance(c, OSError) and c.errno in REMEDIES]:
+            kind, reason = RemoteError, f"{reason}: {remedies[0]}"
         elif any(type(cause) is BadStatusLine for cause in causes) and not self._is_known:
             reason = f"the server doesn't speak http ({str(causes[-1]).strip()[:60]!r})"
         elif self.address.scheme == "https" and any(getattr(c, "reason", "") in _NO_TLS for c in causes):

@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import os
 import struct
-import sys
+import termios
 from contextlib import suppress
 
 OVERLAY = 0x794C7630
@@ -187,12 +187,16 @@ def _rename_by_link(folder: int, old: str, new: str) -> None:
 
 def is_append_only(fd: int) -> bool:
     """Whether a file can only be appended to, as far as its file system tells (ioctl_iflags(2))."""
-    flags = bytearray(struct.calcsize("l"))
     try:
-        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+        flags = fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(struct.calcsize("l")))
     except OSError:  # it has no such flags
         return False
-    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_APPEND_FL)
+    return bool(struct.unpack_from("i", flags)[0] & _FS_APPEND_FL)
+
+
+def count_unread(fd: int) -> int:
+    """How many bytes have arrived in a pipe or at a socket that nobody has read yet (``FIONREAD``)."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0])
 
 
 def _fallocate(fd: int, mode: int, offset: int, size: int) -> bool:

@@ -133,11 +133,6 @@ def count_unconfirmed(sock: socket.socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0])
 
 
-def count_unread(sock: socket.socket) -> int:
-    """How many bytes have arrived that nobody has read yet."""
-    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))[0])
-
-
 def count_moved(sock: socket.socket) -> int:
     """How many bytes have arrived at either end of a connection (tcp(7): the kernel counts them)."""
     with suppress(OSError, struct.error):

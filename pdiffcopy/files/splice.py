@@ -12,13 +12,12 @@ import fcntl
 import os
 import select
 import socket
-import struct
-import termios
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import GEN_SUSPENDED, getgeneratorstate
 
 from pdiffcopy.blocks import Extent
+from pdiffcopy.files import kernel
 
 PIPE_SIZE = 1024 * 1024
 """How much a pipe holds if the system allows it (pipe(7): that's what a process may ask for by default)."""
@@ -172,13 +171,8 @@ class Parts:
         one may have been done in part, so only the pipe knows how much is left: that, and what follows in its chunk.
         """
         if isinstance(self._piece, Piped):
-            left = _count_bytes(self._piece.pipe) - len(self._rest)
+            left = kernel.count_unread(self._piece.pipe) - len(self._rest)
             bytes(Piped(self._piece.pipe, left))
-
-
-def _count_bytes(pipe: int) -> int:
-    """How many bytes are in a pipe (pipe(7), ``FIONREAD``)."""
-    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
 def receive(sock: int, size: int, timeout: float | None = None, step: int = PIPE_SIZE) -> Iterator[Piped]:

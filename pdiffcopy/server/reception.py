@@ -43,7 +43,8 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
-from pdiffcopy.files.sockets import count_moved, count_unconfirmed, count_unread
+from pdiffcopy.files.kernel import count_unread
+from pdiffcopy.files.sockets import count_moved, count_unconfirmed
 from pdiffcopy.server import visitors
 from pdiffcopy.server.visitors import Host, Stage, Visitor
 
@@ -229,8 +230,7 @@ class Reception:
             self._hand_over(visitor)
 
     def _answer_held(self) -> None:
-        now = time.monotonic()
-        for visitor in [visitor for visitor in self.held if now >= visitor.deadline]:
+        for visitor in [visitor for visitor in self.held if time.monotonic() >= visitor.deadline]:
             self._hand_over(visitor)
 
     def _refuse(self, visitor: Visitor, error: Exception) -> None:
@@ -288,7 +288,7 @@ class Reception:
             is_unread = count_unconfirmed(sock) > 0
             # A thread sleeps until so much is there (SO_RCVLOWAT, usually a byte), or all that's missing.
             enough = min(self.host.count_missing(visitor), sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
-            is_missing = count_unread(sock) < enough
+            is_missing = count_unread(sock.fileno()) < enough
             moved = count_moved(sock)
         except (OSError, ValueError):
             return  # its thread has closed it
