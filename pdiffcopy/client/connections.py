@@ -1,21 +1,21 @@
 """
 How are connections to a server opened, kept and used again?
 
-By requests, of which some habits are taken away. It looks for proxies and credentials in the environment, keeps
-cookies, and reads what comes with a redirect, however much that is; and http.client below it skips ``100 Continue``
-(RFC 9110, section 15.2.1) for as long as a server sends it, and takes the end of a connection for the end of a head.
-What it learns is to send a file without reading it.
+By what requests has below its sessions. A session takes longer to prepare a request than to send it, looks for proxies
+and credentials in the environment, keeps cookies, and reads what comes with a redirect, however much that is. What is
+below that learns to send a file without reading it, and http.client loses a habit: it skips ``100 Continue`` (RFC 9110,
+section 15.2.1) for as long as a server sends it, and takes the end of a connection for the end of a head.
 """
 
 from __future__ import annotations
 
 import socket
 from http.client import HTTPException, HTTPResponse
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, BinaryIO
 
-from requests import Response, Session
+from requests import PreparedRequest, Response
 from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.ssl_ import create_urllib3_context
@@ -29,33 +29,53 @@ _MAX_LINES = 256
 """How many lines the head of a response may have, interim responses included."""
 
 
-def open_session(host: str, token: str = "", ca_file: str = "") -> Session:
-    """
-    Make a session, which keeps its connections alive and belongs to one process.
+class Connections:
+    """Connections of one process to one server. They're kept alive."""
 
-    :param host: The host that it's going to connect to.
-    :param token: The shared secret that the server asks for (empty for none).
-    :param ca_file: The certificate authority to trust for https (empty for those that requests trusts).
-    :raises: :exc:`.FileError` when `ca_file` can't be used.
-    """
-    session = _Session()
-    session.trust_env = False
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    session.headers.update({"Accept-Encoding": "identity", "User-Agent": f"pdiffcopy/{__version__}"})
-    if token:
-        session.headers["Authorization"] = f"Bearer {token}"
-    if ca_file:
-        check_authority(ca_file)
-        session.verify = ca_file
-    adapter = _Adapter(host)
-    for scheme in _POOLS:
-        session.mount(f"{scheme}://", adapter)
-    return session
+    def __init__(self, origin: str, host: str, token: str = "", ca_file: str = ""):
+        """
+        Initialize them (there are none yet).
 
+        :param origin: Where they lead to: what a URL begins with.
+        :param host: The host of that, as the user has written it.
+        :param token: The shared secret that the server asks for (empty for none).
+        :param ca_file: The certificate authority to trust for https (empty for those that requests trusts).
+        :raises: :exc:`.FileError` when `ca_file` can't be used.
+        """
+        if ca_file:
+            check_authority(ca_file)
+        self.origin, self.authority = origin, ca_file or True
+        self.headers = {
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "Connection": "keep-alive",
+            "User-Agent": f"pdiffcopy/{__version__}",
+        }
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
+        self.adapter = _Adapter(host)
 
-class _Session(Session):
-    def get_redirect_target(self, resp: Response) -> None:
-        """Nothing is followed. Where there's a target, a session reads (and unpacks) all of the body in any case."""
+    def close(self) -> None:
+        """Close all of them."""
+        self.adapter.close()
+
+    def exchange(
+        self, verb: str, target: str, headers: dict[str, str], body: Any, timeout: tuple[float, float]
+    ) -> Response:
+        """
+        Send a request, and read the head of the response.
+
+        :param target: The path and the query of the URL, spelled as they travel.
+        :param body: Something that has a length and can be iterated over, or :data:`None`.
+        :param timeout: How long a connection may take, and how long a sign of life, in seconds.
+        :raises: What requests and urllib3 raise.
+        """
+        request = PreparedRequest()
+        request.method, request.url, request.body = verb, self.origin + target, body
+        request.headers = CaseInsensitiveDict({**self.headers, **headers})
+        if verb != "GET":
+            request.headers["Content-Length"] = str(len(body) if body else 0)
+        return self.adapter.send(request, stream=True, timeout=timeout, verify=self.authority)
 
 
 class _Head:
@@ -125,12 +145,18 @@ _POOLS = {"http": _Pool, "https": _SecurePool}
 class _Adapter(HTTPAdapter):
     def __init__(self, host: str):
         self.host = host
+        self.pool: HTTPConnectionPool | None = None
         self.socket_options = [*HTTPConnection.default_socket_options, *get_socket_options(host)]
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, socket_options=self.socket_options, **options)
         self.poolmanager.pool_classes_by_scheme = _make_zoned_pools(self.host) if "%" in self.host else _POOLS
+
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> HTTPConnectionPool:
+        """All requests go to one server, so its connections needn't be looked for each time."""
+        self.pool = self.pool or super().get_connection_with_tls_context(*args, **options)
+        return self.pool
 
 
 def _make_zoned_pools(host: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import urllib3
 
 from pdiffcopy.address import Address
 from pdiffcopy.answers import MAX_DETAIL, PeerInfo, decode_problem, sign_answer
-from pdiffcopy.client.connections import open_session
+from pdiffcopy.client.connections import Connections
 from pdiffcopy.client.exchange import OR_OTHER, OR_PROXY, fail, make_foreign_error
 from pdiffcopy.client.network import Network
 from pdiffcopy.client.retry import Patience
@@ -74,24 +74,25 @@ class HttpServer:
         self.pace = pace
         self.peer: PeerInfo | None = None
         self.has_answered = False
-        self._sessions: dict[int, requests.Session] = {}
+        self._connections: dict[int, Connections] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process opens connections of its own."""
-        return {**vars(self), "_sessions": {}}
+        return {**vars(self), "_connections": {}}
 
     @property
-    def session(self) -> requests.Session:
+    def connections(self) -> Connections:
         """The connections of this process: one that is forked opens its own."""
         pid = os.getpid()
-        if pid not in self._sessions:
-            self._sessions[pid] = open_session(self.address.hostname, self.network.token, self.network.ca_file)
-        return self._sessions[pid]
+        if pid not in self._connections:
+            address, network = self.address, self.network
+            self._connections[pid] = Connections(address.base, address.hostname, network.token, network.ca_file)
+        return self._connections[pid]
 
     def close(self) -> None:
         """See :meth:`.Server.close`."""
-        if session := self._sessions.pop(os.getpid(), None):
-            session.close()
+        if connections := self._connections.pop(os.getpid(), None):
+            connections.close()
 
     def get_address(self, filename: str) -> Address:
         """See :meth:`.Server.get_address`."""
@@ -139,10 +140,9 @@ class HttpServer:
         query, headers = request.encode(nonce=os.urandom(8).hex())
         body: Any = reading and _Body(reading)
         try:
-            with self.session.request(
-                request.verb, f"{self.address.base}/{request.endpoint}?{query}", data=body,
-                headers=headers, stream=True, allow_redirects=False,
-                timeout=(self._connect_timeout, self.network.timeout),
+            timeout = self._connect_timeout, self.network.timeout
+            with self.connections.exchange(
+                request.verb, f"/{request.endpoint}?{query}", headers, body, timeout
             ) as response:  # fmt: skip
                 answer = HttpAnswer(url, response, self.network.timeout, self.pace)
                 is_ours = self._check(answer, headers[REQUEST_HEADER])

@@ -558,7 +558,7 @@ def test_connection_is_used_again_after_a_stream(server, tmp_path):
     for _ in range(3):
         assert len(digests_of(replica.hashes(5, "md5", 1))) == 4
         assert len(list(replica.entries(1))) == 1
-    pools = replica.server.session.get_adapter("http://").poolmanager.pools
+    pools = replica.server.connections.adapter.poolmanager.pools
     (pool,) = [pools[key] for key in pools.keys()]  # noqa: SIM118 (it is no dictionary)
     assert pool.num_connections == 1
     replica.server.close()
@@ -686,7 +686,7 @@ def test_flush_of_unknown_outcome_has_failed(failure):
 def test_connections_belong_to_a_process(monkeypatch):
     """A process that is forked opens its own: two that read from one socket would take the answers from each other."""
     server = HttpServer(Address(FILE, "127.0.0.1", 1), Network())
-    ours = server.session
-    assert server.session is ours
+    ours = server.connections
+    assert server.connections is ours
     monkeypatch.setattr(http.os, "getpid", lambda: 0)
-    assert server.session is not ours
+    assert server.connections is not ours

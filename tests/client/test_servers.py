@@ -50,8 +50,8 @@ def test_connections_end_with_their_owner(server, tmp_path):
     with Servers(Network()) as servers:
         replica = servers.open(address)
         assert replica.info()[0].size == 10
-        session = replica.server.session
-    assert replica.server.session is not session
+        connections = replica.server.connections
+    assert replica.server.connections is not connections
     assert replica.info()[0].size == 10
     servers.close()
 
@@ -63,7 +63,7 @@ def test_another_process_knows_what_we_were_told(server):
         replica.info()
         copy = pickle.loads(pickle.dumps(servers)).open(Address("/nowhere", "127.0.0.1", server.port))
         assert copy.server.peer == replica.server.peer is not None
-        assert copy.server.session is not replica.server.session
+        assert copy.server.connections is not replica.server.connections
         copy.server.close()
 
 
