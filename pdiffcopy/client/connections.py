@@ -145,7 +145,7 @@ _POOLS = {"http": _Pool, "https": _SecurePool}
 class _Adapter(HTTPAdapter):
     def __init__(self, host: str):
         self.host = host
-        self.pool: HTTPConnectionPool | None = None
+        self.pool: Any = None
         self.socket_options = [*HTTPConnection.default_socket_options, *get_socket_options(host)]
         super().__init__()
 
@@ -153,7 +153,7 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, socket_options=self.socket_options, **options)
         self.poolmanager.pool_classes_by_scheme = _make_zoned_pools(self.host) if "%" in self.host else _POOLS
 
-    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> HTTPConnectionPool:
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
         """All requests go to one server, so its connections needn't be looked for each time."""
         self.pool = self.pool or super().get_connection_with_tls_context(*args, **options)
         return self.pool

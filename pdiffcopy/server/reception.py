@@ -269,7 +269,7 @@ class Reception:
         if not (goes_on and visitor.is_client and self.listeners):
             self._take_leave(visitor)
             return
-        self._forget(visitor)
+        del self.served[visitor]  # it's on no other list, and nothing waits for it
         self.idle[visitor] = None
         visitor.stage = Stage.HEAD
         visitor.deadline = time.monotonic() + (visitors.HEAD_TIMEOUT if visitor.head else visitors.KEEPALIVE)
