@@ -71,7 +71,7 @@ def demonstrate(folder: Path) -> None:
         assert report["blocks_changed"] == CHANGED, report
         assert report["verification"] == "verified", report
         print(
-            f"\n{name.capitalize():9} {report['size'] >> 20} MiB compared and {report['bytes_moved'] >> 20} MiB moved"
+            f"\n{name.capitalize():9} {report['size'] >> 20} MiB compared and {report['bytes_moved'] >> 10} KiB moved"
             f" in {report['elapsed']:.2f} seconds, {report['similarity']:.1%} similar, {report['verification']}",
             end="",
         )
