@@ -138,12 +138,10 @@ class HttpServer:
         url = str(self.get_address(request.filename))
         # No cache has an answer to a word that no other request has.
         query, headers = request.encode(nonce=os.urandom(8).hex())
-        body: Any = reading and _Body(reading)
+        target, body = f"/{request.endpoint}?{query}", reading and _Body(reading)
+        timeout = self._connect_timeout, self.network.timeout
         try:
-            timeout = self._connect_timeout, self.network.timeout
-            with self.connections.exchange(
-                request.verb, f"/{request.endpoint}?{query}", headers, body, timeout
-            ) as response:  # fmt: skip
+            with self.connections.exchange(request.verb, target, headers, body, timeout) as response:
                 answer = HttpAnswer(url, response, self.network.timeout, self.pace)
                 is_ours = self._check(answer, headers[REQUEST_HEADER])
                 self.has_answered |= is_ours
@@ -294,7 +292,7 @@ class HttpAnswer:
 
 
 class _Body:
-    """A request body of known length that is read while it is sent (requests asks for the length first)."""
+    """A request body of known length that is read while it is sent."""
 
     def __init__(self, reading: Reading):
         self.reading = reading
